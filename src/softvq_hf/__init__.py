@@ -1,0 +1,1 @@
+"""Efficient image tokenizers and the generators on top of them, native to diffusers."""

@@ -1,0 +1,1 @@
+"""Official checkpoints to the models of this library; one file per system."""
