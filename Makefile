@@ -8,6 +8,9 @@ CODE := pipelines src tests training setup.py
 LAUNCH := $(BIN)/accelerate launch --config_file training/accelerate/one_process.yaml
 QUICKSTART := training/configs/quickstart
 
+# accelerate launch would give a process one thread.
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test quality style docs clean
 
@@ -19,6 +22,7 @@ help:
 	@echo "make docs         build the documentation into site/"
 	@echo "make clean        remove what the commands above have made, except .venv and outputs/"
 
+quickstart: export OMP_NUM_THREADS ?= $(CORES)
 quickstart: $(VENV)/.installed
 	@echo "[1/4] Train a SoftVQ tokenizer"
 	$(LAUNCH) training/train_softvq.py --config $(QUICKSTART)/softvq.yaml
@@ -42,14 +46,15 @@ style: $(VENV)/.installed
 	$(BIN)/ruff format $(CODE)
 
 docs: $(VENV)/.installed-docs build/lib
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open site/index.html"
 
 clean:
 	rm -rf build site .pytest_cache .ruff_cache .import_linter_cache
 
 # The package as it is installed, pipelines/ in its place: what import-linter and the API pages read.
 .PHONY: build/lib
-build/lib:
+build/lib: | $(VENV)/.installed
 	@rm -rf $@
 	@$(BIN)/python setup.py --quiet build_py --no-compile --build-lib $@
 

@@ -92,8 +92,8 @@ def test_softvq_loss_and_gradients(reference):
     torch.testing.assert_close(loss, outputs["train_total_mse_plus_entropy"], **TOLERANCE)
     loss.backward()
     for name, parameter in {
-        "decoder_mask_token": model.decoder.mask_token,
-        "encoder_latent_tokens": model.encoder.latent_tokens,
+        "decoder_mask_token": model.decoder.positions.mask_token,
+        "encoder_latent_tokens": model.encoder.positions.latent_tokens,
         "quant_conv_weight": model.quant_conv.weight,
         "quantize_embedding": model.quantize.embedding,
     }.items():

@@ -127,10 +127,10 @@ def _backbone_size(config: Mapping[str, Any], side: str) -> tuple[dict[str, int]
 def _key_map(model: AutoencoderSoftVQ) -> dict[str, tuple[str, ...]]:
     """Official keys to the keys of `model`; a fused official tensor lists all of its parts."""
     pairs = {
-        "encoder.latent_tokens": "encoder.latent_tokens",
-        "encoder.latent_pos_embed": "encoder.latent_position_embedding",
-        "decoder.mask_token": "decoder.mask_token",
-        "decoder.latent_pos_embed": "decoder.latent_position_embedding",
+        "encoder.latent_tokens": "encoder.positions.latent_tokens",
+        "encoder.latent_pos_embed": "encoder.positions.latent_position_embedding",
+        "decoder.mask_token": "decoder.positions.mask_token",
+        "decoder.latent_pos_embed": "decoder.positions.latent_position_embedding",
     }
     modules = {
         "encoder.model.patch_embed.proj": "encoder.patch_embed",

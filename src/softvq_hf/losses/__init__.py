@@ -1,0 +1,49 @@
+"""What training minimises: perceptual, adversarial, alignment and flow-matching losses, and the discriminators."""
+
+from softvq_hf.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    LeCAMRegularizer,
+    adaptive_weight,
+    adversarial_weight,
+    consistency_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    non_saturating_generator_loss,
+    vanilla_discriminator_loss,
+)
+from softvq_hf.losses.alignment import ALIGNMENT_MODES, AlignmentLoss, FrozenTeacher, load_teacher
+from softvq_hf.losses.discriminators import (
+    DISCRIMINATORS,
+    PatchGANDiscriminator,
+    build_discriminator,
+    frozen_discriminator,
+)
+from softvq_hf.losses.flow_matching import flow_matching_loss, lognormal_times, sample_flow_times
+from softvq_hf.losses.perceptual import PerceptualLoss, PerceptualWeightsUnavailable, warmup_weight
+
+
+__all__ = [
+    "ADVERSARIAL_LOSSES",
+    "ALIGNMENT_MODES",
+    "AlignmentLoss",
+    "DISCRIMINATORS",
+    "FrozenTeacher",
+    "LeCAMRegularizer",
+    "PatchGANDiscriminator",
+    "PerceptualLoss",
+    "PerceptualWeightsUnavailable",
+    "adaptive_weight",
+    "adversarial_weight",
+    "build_discriminator",
+    "consistency_loss",
+    "flow_matching_loss",
+    "frozen_discriminator",
+    "hinge_discriminator_loss",
+    "hinge_generator_loss",
+    "load_teacher",
+    "lognormal_times",
+    "non_saturating_generator_loss",
+    "sample_flow_times",
+    "vanilla_discriminator_loss",
+    "warmup_weight",
+]

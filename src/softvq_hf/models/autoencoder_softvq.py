@@ -227,6 +227,37 @@ class SoftVQTokenPositions(nn.Module):
         return torch.cat([cls_token, register_tokens, image_tokens + self.position_embedding], dim=1)
 
 
+class SoftVQEncoderTokens(SoftVQTokenPositions):
+    """[prefix, image tokens, learnable latent tokens], all with their positions: what the encoder's blocks see."""
+
+    def __init__(self, hidden_size: int, num_image_tokens: int, num_latent_tokens: int, num_register_tokens: int):
+        super().__init__(hidden_size, num_image_tokens, num_register_tokens)
+        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, hidden_size) * 0.02)
+        self.latent_position_embedding = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
+        nn.init.trunc_normal_(self.latent_position_embedding, std=0.02)
+
+    def forward(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, N, hidden_size)` image tokens to `(B, num_prefix_tokens + N + L, hidden_size)`."""
+        latent_tokens = (self.latent_tokens + self.latent_position_embedding).expand(image_tokens.shape[0], -1, -1)
+        return torch.cat([super().forward(image_tokens), latent_tokens], dim=1)
+
+
+class SoftVQDecoderTokens(SoftVQTokenPositions):
+    """[prefix, mask tokens, latent tokens], all with their positions: what the decoder's blocks see."""
+
+    def __init__(self, hidden_size: int, num_image_tokens: int, num_latent_tokens: int, num_register_tokens: int):
+        super().__init__(hidden_size, num_image_tokens, num_register_tokens)
+        self.num_image_tokens = num_image_tokens
+        self.mask_token = nn.Parameter(torch.randn(1, 1, hidden_size) * 0.02)
+        self.latent_position_embedding = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
+        nn.init.trunc_normal_(self.latent_position_embedding, std=0.02)
+
+    def forward(self, latent_tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, L, hidden_size)` latent tokens to `(B, num_prefix_tokens + N + L, hidden_size)`."""
+        mask_tokens = self.mask_token.expand(latent_tokens.shape[0], self.num_image_tokens, -1)
+        return torch.cat([super().forward(mask_tokens), latent_tokens + self.latent_position_embedding], dim=1)
+
+
 class SoftVQEncoder(nn.Module):
     """
     ViT over the sequence [prefix, image patches, learnable latent tokens]; the latent tokens are the result.
@@ -252,10 +283,9 @@ class SoftVQEncoder(nn.Module):
         super().__init__()
         self.num_latent_tokens = num_latent_tokens
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-        self.positions = SoftVQTokenPositions(hidden_size, grid_size[0] * grid_size[1], num_register_tokens)
-        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, hidden_size) * 0.02)
-        self.latent_position_embedding = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
-        nn.init.trunc_normal_(self.latent_position_embedding, std=0.02)
+        self.positions = SoftVQEncoderTokens(
+            hidden_size, grid_size[0] * grid_size[1], num_latent_tokens, num_register_tokens
+        )
         self.blocks = nn.ModuleList(
             [
                 SoftVQTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, layer_scale_init_value)
@@ -268,8 +298,7 @@ class SoftVQEncoder(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(B, in_channels, H, W)` images to `(B, L, hidden_size)` latent tokens."""
         image_tokens = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
-        latent_tokens = (self.latent_tokens + self.latent_position_embedding).expand(image_tokens.shape[0], -1, -1)
-        hidden_states = torch.cat([self.positions(image_tokens), latent_tokens], dim=1)
+        hidden_states = self.positions(image_tokens)
 
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -327,10 +356,9 @@ class SoftVQDecoder(nn.Module):
     ):
         super().__init__()
         self.num_image_tokens = grid_size[0] * grid_size[1]
-        self.mask_token = nn.Parameter(torch.randn(1, 1, hidden_size) * 0.02)
-        self.positions = SoftVQTokenPositions(hidden_size, self.num_image_tokens, num_register_tokens)
-        self.latent_position_embedding = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
-        nn.init.trunc_normal_(self.latent_position_embedding, std=0.02)
+        self.positions = SoftVQDecoderTokens(
+            hidden_size, self.num_image_tokens, num_latent_tokens, num_register_tokens
+        )
         self.blocks = nn.ModuleList(
             [
                 SoftVQTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, layer_scale_init_value)
@@ -348,8 +376,7 @@ class SoftVQDecoder(nn.Module):
 
     def forward(self, latent_tokens: torch.Tensor) -> torch.Tensor:
         """`(B, L, hidden_size)` projected latents to `(B, out_channels, H, W)` pixels."""
-        mask_tokens = self.mask_token.expand(latent_tokens.shape[0], self.num_image_tokens, -1)
-        hidden_states = torch.cat([self.positions(mask_tokens), latent_tokens + self.latent_position_embedding], dim=1)
+        hidden_states = self.positions(latent_tokens)
 
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -533,7 +560,8 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         num_register_tokens (`int`, *optional*, defaults to 0): Register tokens of encoder and decoder (arXiv 2309.16588).
         decoder_num_register_tokens (`int`, *optional*):
             Register tokens of the decoder where they differ from the encoder's.
-        layer_scale_init_value (`float`, *optional*, defaults to 1e-5): Initial gain of the residual branches.
+        layer_scale_init_value (`float`, *optional*, defaults to 1.0):
+            Initial gain of the residual branches; the published models are trained from 1e-5.
         position_embedding_type (`str`, *optional*, defaults to `"absolute"`): Position code; `"absolute"`.
         decoder_type (`str`, *optional*, defaults to `"vit"`): Decoder; `"vit"`.
         decoder_cls_token (`bool`, *optional*, defaults to `True`): Class token in the decoder; `True`.
@@ -549,10 +577,11 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
 
     main_input_name = "pixel_values"
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SoftVQEncoder", "SoftVQDecoder"]
+    _no_split_modules = ["SoftVQTransformerBlock"]
     _repeated_blocks = ["SoftVQTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm", "positions", "layer_scale", "quantize"]
-    _group_offload_block_modules = ["encoder", "decoder"]
+    # `encode` and `decode` do not pass through `forward`, so every module that they call has to load itself
+    _group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv", "quantize"]
 
     @register_to_config
     def __init__(
@@ -577,7 +606,7 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         mlp_ratio: float = 4.0,
         num_register_tokens: int = 0,
         decoder_num_register_tokens: int | None = None,
-        layer_scale_init_value: float = 1e-5,
+        layer_scale_init_value: float = 1.0,
         position_embedding_type: str = "absolute",
         decoder_type: str = "vit",
         decoder_cls_token: bool = True,

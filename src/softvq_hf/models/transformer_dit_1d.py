@@ -1,4 +1,4 @@
-"""DiT and SiT transformers on 1-D latent tokens, and on the 2-D latents of their baselines, in one self-contained file.
+"""DiT and SiT transformers on 1-D latent tokens, and on the 2-D latents of their baselines, in one file.
 
 The backbone is DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748); SiT
 ("Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers", arXiv 2401.08740) is
@@ -32,9 +32,10 @@ class Transformer1DModelOutput(BaseOutput):
     The output of [`DiTTransformer1DModel`].
 
     Args:
-        sample (`torch.Tensor` of shape `(batch_size, num_tokens, out_channels)` or `(batch_size, out_channels, sample_size, sample_size)`):
-            The prediction for the given `hidden_states`: a velocity for flow matching; for a model with learned
-            variance the noise followed by the raw variance channels, on the channel axis.
+        sample (`torch.Tensor`):
+            The prediction, of shape `(batch_size, num_tokens, out_channels)`, or `(batch_size, out_channels,
+            sample_size, sample_size)` for 2-D latents: a velocity for flow matching; for a model with learned variance
+            the noise followed by the raw variance channels, on the channel axis.
     """
 
     sample: torch.Tensor
@@ -155,7 +156,8 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     and `sample_size` are given, 2-D latents `(batch_size, in_channels, sample_size, sample_size)`.
 
     SiT-XL/1 on 64 SoftVQ tokens of 32 channels is `DiTTransformer1DModel()`: 28 layers of width 16 * 72 = 1152. A new
-    model is initialised as in DiT (adaLN-Zero), so its first prediction is exactly zero.
+    model has PyTorch's default weights; before training it from scratch call
+    [`~DiTTransformer1DModel.initialize_weights`].
 
     `pos_embed`, the sine/cosine position table, is a frozen parameter: it is counted by `num_parameters()`, not by
     `num_parameters(only_trainable=True)`, and it is stored with the weights.
@@ -228,6 +230,7 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             "attention_head_dim": attention_head_dim,
             "mlp_ratio": mlp_ratio,
             "num_classes": num_classes,
+            "timestep_scale": timestep_scale,
         }
         for name, value in sizes.items():
             if value <= 0:
@@ -270,11 +273,11 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         if self.is_2d:
             grid_size = sample_size // patch_size
             self.proj_in = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-            pos_embed = get_2d_sincos_pos_embed(hidden_size, grid_size, base_size=grid_size).float().unsqueeze(0)
+            pos_embed = get_2d_sincos_pos_embed(hidden_size, grid_size, base_size=grid_size).unsqueeze(0)
         else:
             self.proj_in = nn.Linear(in_channels, hidden_size)
             pos_embed = SinusoidalPositionalEmbedding(hidden_size, num_tokens).pe
-        self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
+        self.pos_embed = nn.Parameter(pos_embed.to(torch.get_default_dtype()), requires_grad=False)
 
         # 2. Conditioning: time and class. The official time features use 10000^(-k/128), hence a shift of 0.
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -294,13 +297,11 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.norm_out = AdaLayerNormContinuous(hidden_size, hidden_size, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(hidden_size, (patch_size or 1) ** 2 * out_channels)
 
-        self.initialize_weights()
-
     def initialize_weights(self) -> None:
         """
-        Draw fresh weights as DiT does: Xavier-uniform projections with zero biases, N(0, 0.02) label table and time
-        MLP, and zeros for all modulations and the output projection (adaLN-Zero), so that every block starts as the
-        identity and the prediction as zero.
+        Draw the weights that training from scratch starts from (DiT, section 3.2, adaLN-Zero): Xavier-uniform
+        projections with zero biases, N(0, 0.02) label table and time MLP, and zeros for all modulations and the output
+        projection. Every block is then the identity, and the prediction exactly zero.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -391,8 +392,9 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         Predict the velocity (SiT) or the noise (DiT) of noisy latents.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, in_channels)` or `(batch_size, in_channels, sample_size, sample_size)`):
-                Noisy, normalised latents, in the dtype of the model.
+            hidden_states (`torch.Tensor`):
+                Noisy, normalised latents in the dtype of the model, of shape `(batch_size, num_tokens, in_channels)`,
+                or `(batch_size, in_channels, sample_size, sample_size)` for 2-D latents.
             timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, or a number):
                 Timestep in the scheduler's units (0..1000, 0 is data). It is multiplied by `timestep_scale`; this and
                 the sine/cosine features are computed in float32.
@@ -425,7 +427,9 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         if not torch.is_tensor(timestep):
             timestep = torch.full((), timestep, dtype=torch.float32, device=hidden_states.device)
         timestep = timestep.to(device=hidden_states.device, dtype=torch.float32).expand(batch_size)
-        time_features = self.time_proj(timestep * self.config.timestep_scale).to(hidden_states.dtype)
+        # 1000 * sigma / 1000 mostly gives sigma back to the last bit; 1000 * sigma * 1e-3 does not.
+        time = timestep / (1 / self.config.timestep_scale)
+        time_features = self.time_proj(time).to(hidden_states.dtype)
 
         if force_drop_ids is not None:
             class_labels = torch.where(force_drop_ids == 1, self.config.num_classes, class_labels)

@@ -1,0 +1,1 @@
+"""How noise becomes latents: the schedulers that diffusers lacks."""

@@ -181,6 +181,19 @@ class TrainingArguments:
         """Where the images are, as [`softvq_hf.data.load_image_dataset`] takes it."""
         return self.dataset_name if self.dataset_name is not None else self.train_data_dir
 
+    def dataset_options(self) -> dict[str, Any]:
+        """The arguments of [`softvq_hf.data.load_image_dataset`] that training and validation images share."""
+        return {
+            "resolution": self.resolution,
+            "config_name": self.dataset_config_name,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+            "streaming": self.streaming,
+            "cache_dir": self.cache_dir,
+            "revision": self.revision,
+            "seed": self.seed,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """All arguments except the Hub token: what is written to `args.yaml` and can be read again by `--config`."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}

@@ -1,0 +1,529 @@
+"""Class-conditional image generation on the latents of SoftVQ-VAE (arXiv 2412.10958): SiT and DiT in one pipeline.
+
+The scheduler decides what is run: `FlowMatchEulerDiscreteScheduler` and `FlowMatchHeunDiscreteScheduler` solve the
+ODE of SiT (arXiv 2401.08740), `StochasticInterpolantScheduler` its SDE, `DDPMScheduler` and `DDIMScheduler` run the
+chain of DiT (arXiv 2212.09748). Guidance can be limited to an interval of times (arXiv 2404.07724).
+"""
+
+import difflib
+import inspect
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchHeunDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+
+
+# diffusers loads a component from a module that is imported already, or from a source file beside the weights. The
+# imports serve the first case; in the second (an exported folder) this package need not be installed.
+try:
+    import softvq_hf.models.autoencoder_softvq
+    import softvq_hf.models.transformer_dit_1d
+    import softvq_hf.schedulers.scheduling_stochastic_interpolant  # noqa: F401
+except ModuleNotFoundError:
+    pass
+
+
+class SoftVQPipeline(DiffusionPipeline):
+    r"""
+    Pipeline that turns class labels into images: a transformer and a scheduler make normalised latents, a tokenizer
+    decodes them.
+
+    This pipeline inherits from [`~diffusers.DiffusionPipeline`]: saving, loading, devices, dtypes, offloading and the
+    progress bar are documented there.
+
+    Args:
+        vae ([`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]):
+            Decodes latents. The latter belongs to transformers on 2-D latents.
+        transformer ([`DiTTransformer1DModel`]):
+            Predicts the velocity (flow matching), or the noise with or without a learned variance (DDPM).
+        scheduler ([`~diffusers.SchedulerMixin`]):
+            [`StochasticInterpolantScheduler`], or a flow-matching or DDPM-type scheduler of diffusers.
+        id2label (`dict` of `int` to `str`, *optional*):
+            Names of the classes. A name may hold synonyms, separated by commas: `"tench, Tinca tinca"`.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self, vae: ModelMixin, transformer: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+
+        if id2label is not None:
+            id2label = {int(class_id): name for class_id, name in id2label.items()}  # JSON has string keys only
+        self.register_to_config(id2label=id2label)
+        self.image_processor = VaeImageProcessor()
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
+        r"""
+        Download a repository from the Hub, or find it in the cache; [`~DiffusionPipeline.from_pretrained`] calls this.
+
+        Unlike [`~DiffusionPipeline.download`] it leaves code aside unless `trust_remote_code=True` or
+        `custom_pipeline` is given: this class and its components are installed. The Hub repository may thus hold
+        weights and configs only, and no flag is needed.
+
+        Args:
+            pretrained_model_name (`str`): A repository id such as `"user/repo"`.
+            kwargs: As in [`~DiffusionPipeline.download`]: `revision`, `variant`, `cache_dir`, `token`,
+                `force_download`, `local_files_only`, `trust_remote_code`, `custom_pipeline` and components by name.
+
+        Returns:
+            `str`: The folder of the snapshot.
+        """
+        if kwargs.get("custom_pipeline") is not None:
+            return super().download(pretrained_model_name, **kwargs)
+
+        component_names, _ = cls._get_signature_keys(cls)
+        allow_patterns = [cls.config_name, "README.md"]
+        for name in component_names:
+            if kwargs.get(name) is None:
+                allow_patterns += [f"{name}/*.json", f"{name}/diffusion_pytorch_model.safetensors"]
+                allow_patterns += [f"{name}/diffusion_pytorch_model-?????-of-?????.safetensors"]
+                if kwargs.get("variant") is not None:
+                    allow_patterns += [f"{name}/diffusion_pytorch_model.{kwargs['variant']}*.safetensors"]
+        if kwargs.get("trust_remote_code"):
+            allow_patterns += ["*.py"]
+
+        download_kwargs = {
+            name: kwargs[name]
+            for name in ("revision", "cache_dir", "token", "force_download", "local_files_only")
+            if kwargs.get(name) is not None
+        }
+        return snapshot_download(pretrained_model_name, allow_patterns=allow_patterns, **download_kwargs)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the current call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of denoising steps of the current call; for Heun's method the number of its half steps."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the remaining steps are skipped; a callback may set `pipeline._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's latents: (tokens, channels), or (channels, height, width) for 2-D latents."""
+        config = self.transformer.config
+        if config.sample_size is not None:
+            return config.in_channels, config.sample_size, config.sample_size
+        return config.num_tokens, config.in_channels
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        r"""
+        Look up class ids by name.
+
+        Args:
+            label (`str` or a sequence of them):
+                Names from `id2label`: whole, or one of the synonyms in it, in the same spelling.
+
+        Returns:
+            `list` of `int`: the class ids.
+
+        Raises:
+            ValueError: If the pipeline knows no names, or a name is unknown or belongs to several classes.
+        """
+        id2label = self.config.id2label
+        if id2label is None:
+            raise ValueError(
+                f"`class_labels` holds the name {label!r}, but this pipeline has no `id2label`; allowed: class ids."
+            )
+        whole_names, synonyms = {}, {}
+        for class_id, name in id2label.items():
+            whole_names.setdefault(name, []).append(class_id)
+            for synonym in {part.strip() for part in name.split(",")}:
+                synonyms.setdefault(synonym, []).append(class_id)
+
+        label_ids = []
+        for name in [label] if isinstance(label, str) else label:
+            class_ids = whole_names.get(name) or synonyms.get(name)
+            if class_ids is None:
+                close_names = difflib.get_close_matches(name, {**whole_names, **synonyms}, n=3)
+                hint = f"; did you mean {' or '.join(map(repr, close_names))}?" if close_names else ""
+                raise ValueError(
+                    f"`class_labels` holds the unknown name {name!r}, allowed: the {len(id2label)} names in "
+                    f"`pipeline.config.id2label`{hint}"
+                )
+            if len(class_ids) > 1:
+                raise ValueError(
+                    f"`class_labels` holds the name {name!r}, which belongs to several classes; allowed: one of their "
+                    f"ids {class_ids}."
+                )
+            label_ids += class_ids
+        return label_ids
+
+    def prepare_class_labels(self, class_labels: Any) -> list[int]:
+        """Class ids from ids, names, a tensor, an array, or (nested) lists of ids and names."""
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.reshape(-1).tolist()
+        if isinstance(class_labels, (list, tuple)):
+            return [class_id for label in class_labels for class_id in self.prepare_class_labels(label)]
+        if isinstance(class_labels, str):
+            return self.get_label_ids(class_labels)
+        if isinstance(class_labels, bool) or not isinstance(class_labels, (int, np.integer)):
+            raise TypeError(
+                f"`class_labels` holds {class_labels!r} of type {type(class_labels).__name__}, allowed: integer class "
+                "ids and class names."
+            )
+        num_classes = self.transformer.config.num_classes
+        if not 0 <= class_labels < num_classes:
+            raise ValueError(f"`class_labels` holds the id {class_labels}, allowed: 0 to {num_classes - 1}.")
+        return [int(class_labels)]
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raise a `ValueError` or `TypeError` which says what [`~SoftVQPipeline.__call__`] accepts."""
+        if self.predicts_variance and self.is_flow_matching:
+            raise ValueError(
+                f"`scheduler` is a {self.scheduler.__class__.__name__}, allowed: `DDPMScheduler` and the like, because "
+                "the transformer predicts a noise and its variance (`out_channels` is twice `in_channels`)."
+            )
+        if batch_size == 0:
+            raise ValueError("`class_labels` is empty, allowed: at least one label.")
+
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, allowed: finite numbers from 0 on (guidance is off up to 1)."
+            )
+        if guidance_scale > 1 and self.transformer.config.class_dropout_prob == 0:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, allowed: at most 1 for this transformer, which was trained "
+                "without label dropout (`class_dropout_prob` is 0) and so has no null class."
+            )
+        if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
+            raise ValueError(f"`guidance_interval` is {guidance_interval!r}, allowed: two numbers (low, high).")
+        if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` is {guidance_interval}, allowed: (low, high) with 0 <= low <= high <= 1, where "
+                "1 is noise."
+            )
+
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, (int, np.integer)):
+            raise TypeError(f"`num_inference_steps` is {num_inference_steps!r}, allowed: integers.")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, allowed: integers from 1 on.")
+
+        if generator is not None:
+            generators = generator if isinstance(generator, list) else [generator]
+            if not all(isinstance(entry, torch.Generator) for entry in generators):
+                raise TypeError(f"`generator` is {generator!r}, allowed: a `torch.Generator` or a list of them.")
+            if isinstance(generator, list) and len(generator) != batch_size:
+                raise ValueError(
+                    f"`generator` is a list of {len(generator)}, allowed: one generator for each of the {batch_size} "
+                    "labels, or a single one."
+                )
+
+        if latents is not None:
+            if not torch.is_tensor(latents) or not latents.is_floating_point():
+                dtype = latents.dtype if torch.is_tensor(latents) else type(latents).__name__
+                raise TypeError(f"`latents` is of type {dtype}, allowed: a floating-point tensor.")
+            if tuple(latents.shape) != (batch_size, *self.latent_shape):
+                raise ValueError(
+                    f"`latents` has shape {tuple(latents.shape)}, allowed: {(batch_size, *self.latent_shape)} for "
+                    f"{batch_size} labels."
+                )
+            if not torch.isfinite(latents).all():
+                raise ValueError("`latents` holds NaN or infinite values, allowed: finite numbers.")
+
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}, allowed: 'pil', 'np', 'pt', 'latent'.")
+
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` holds {unknown}, allowed: {self._callback_tensor_inputs}."
+            )
+
+    def prepare_timesteps(self, num_inference_steps: int, device: torch.device) -> list[float]:
+        """
+        Set the scheduler's grid.
+
+        Args:
+            num_inference_steps (`int`): The number of steps.
+            device (`torch.device`): Where the scheduler's timesteps go.
+
+        Returns:
+            `list` of `float`: for every model call the time in [0, 1] at which its step starts, in double precision.
+            Only exact values meet the limits of a guidance interval as they should: 0.3 in float32 is above 0.3.
+        """
+        scheduler = self.scheduler
+        if hasattr(scheduler, "times"):  # StochasticInterpolantScheduler
+            scheduler.set_timesteps(num_inference_steps, device=device)
+            return scheduler.times[:-1].tolist()
+
+        if not self.is_flow_matching:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+            return (scheduler.timesteps.double().cpu() / scheduler.config.num_train_timesteps).tolist()
+
+        # The default grids of the flow-matching schedulers end in one tiny step: give them the even one of SiT.
+        times = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+        if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+            # It takes no grid. Inner points appear twice, for a corrector and the next predictor; a corrector call
+            # belongs to the step that its predictor started.
+            scheduler.set_timesteps(num_inference_steps, device=device)
+            times = scheduler.config.shift * times / (1 + (scheduler.config.shift - 1) * times)
+            scheduler.sigmas = torch.cat([times[:1], times[1:-1].repeat_interleave(2), times[-1:]]).to(torch.float32)
+            scheduler.timesteps = (scheduler.sigmas[:-1] * scheduler.config.num_train_timesteps).to(device)
+            return times[:-1].repeat_interleave(2)[:-1].tolist()
+
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(sigmas=times[:-1].numpy().copy(), device=device)
+        else:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler_times = scheduler.timesteps.double().cpu() / scheduler.config.num_train_timesteps
+        if len(scheduler_times) == num_inference_steps and torch.allclose(
+            scheduler_times, times[:-1], rtol=0, atol=1e-6
+        ):
+            return times[:-1].tolist()  # what the scheduler rounded to float32
+        return scheduler_times.tolist()
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Initial noise, float32, of shape `(batch_size, *latent_shape)`."""
+        shape = (batch_size, *self.latent_shape)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        # The flow-matching schedulers of diffusers have no `init_noise_sigma`: it is 1.
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, guided: bool
+    ) -> torch.Tensor:
+        """
+        Call the transformer once, with classifier-free guidance if `guided`.
+
+        Args:
+            latents (`torch.Tensor`): The scheduler's sample, `(batch_size, *latent_shape)`.
+            timestep (`torch.Tensor`): The scheduler's timestep.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`): Class ids.
+            guided (`bool`): Whether the null class is computed too, which doubles the batch.
+
+        Returns:
+            `torch.Tensor`: the prediction in float32. Guidance concerns the velocity or noise; variance channels stay
+            those of the conditional prediction.
+        """
+        if guided:
+            null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
+            class_labels = torch.cat([class_labels, null_labels])
+            latents = torch.cat([latents, latents])
+        prediction = self.transformer(
+            latents.to(self.transformer.dtype),
+            timestep=timestep.to(latents.device).expand(len(latents)),
+            class_labels=class_labels,
+            return_dict=False,
+        )[0].float()
+        if not guided:
+            return prediction
+
+        conditional, unconditional = prediction.chunk(2)
+        if not self.predicts_variance:
+            return unconditional + self.guidance_scale * (conditional - unconditional)
+        conditional, variance = conditional.chunk(2, dim=self.channel_dim)
+        unconditional, _ = unconditional.chunk(2, dim=self.channel_dim)
+        noise = unconditional + self.guidance_scale * (conditional - unconditional)
+        return torch.cat([noise, variance], dim=self.channel_dim)
+
+    @property
+    def is_flow_matching(self) -> bool:
+        """Whether the scheduler takes a velocity, and not the noise of a DDPM chain."""
+        return "beta_schedule" not in self.scheduler.config or self.scheduler.config.get("use_flow_sigmas", False)
+
+    @property
+    def predicts_variance(self) -> bool:
+        """Whether the transformer predicts variance channels after those of the noise (DiT)."""
+        config = self.transformer.config
+        return config.out_channels == 2 * config.in_channels
+
+    @property
+    def channel_dim(self) -> int:
+        """The channel axis of the latents: the last of 1-D tokens, the second of 2-D latents."""
+        return -1 if len(self.latent_shape) == 2 else 1
+
+    def denoise(
+        self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, step_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """One step of the scheduler, from `latents` at `timestep` to the next."""
+        if not self.predicts_variance:
+            return self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+
+        # DDPMScheduler takes noise and variance together and splits them on axis 1; the others take the noise.
+        if self.scheduler.config.get("variance_type") not in ("learned", "learned_range"):
+            prediction, _ = prediction.chunk(2, dim=self.channel_dim)
+        prediction, latents = prediction.transpose(1, self.channel_dim), latents.transpose(1, self.channel_dim)
+        latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+        return latents.transpose(1, self.channel_dim)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images `(batch_size, 3, height, width)`, nominally in [-1, 1], from normalised latents."""
+        if hasattr(self.vae, "unscale_latent"):
+            latents = self.vae.unscale_latent(latents)
+        else:  # AutoencoderKL
+            latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, torch.Tensor]], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Generate one image for each class label.
+
+        Args:
+            class_labels (`int`, `str`, a sequence of them, or `torch.Tensor`):
+                Class ids from 0 to `transformer.config.num_classes - 1`, or names from `id2label` (whole, or one of
+                the synonyms in it). Their number is the batch size.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Scale w of classifier-free guidance, null + w (conditional - null), from 0 on. Values up to 1 turn
+                guidance off.
+            guidance_interval (`tuple` of two `float`, *optional*, defaults to `(0.0, 1.0)`):
+                The times, both included, between which a step is guided if it starts there: 1 is noise, 0 is data.
+                Steps outside cost half. For DDPM schedulers the time is the timestep over `num_train_timesteps`.
+            num_inference_steps (`int`, *optional*, defaults to 50):
+                The number of steps, from 1 on.
+            generator (`torch.Generator` or a list of one per label, *optional*):
+                Source of all noise.
+            latents (`torch.Tensor`, *optional*):
+                Initial noise of shape `(batch_size, num_tokens, in_channels)`, or `(batch_size, in_channels,
+                sample_size, sample_size)` for 2-D latents, instead of drawing it. It is used in float32.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"` (`PIL.Image.Image`), `"np"` (`(batch_size, height, width, 3)` in [0, 1]), `"pt"`
+                (`(batch_size, 3, height, width)` in [0, 1]) or `"latent"` (normalised latents, float32, not decoded).
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`~diffusers.ImagePipelineOutput`] instead of a tuple.
+            callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
+                Called after every step as `callback_on_step_end(pipeline, step, timestep, callback_kwargs)`; the
+                dictionary it returns may replace the tensors in `callback_kwargs`.
+            callback_on_step_end_tensor_inputs (`list` of `str`, *optional*, defaults to `["latents"]`):
+                The tensors in `callback_kwargs`, out of `pipeline._callback_tensor_inputs`.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images, as `images` or as the only entry.
+
+        Raises:
+            ValueError: If a value is not allowed: a label or name, `guidance_scale` (also: above 1 for a transformer
+                without a null class), `guidance_interval`, `num_inference_steps`, the length of a list of generators,
+                the shape or values of `latents`, `output_type` or a callback input. Raised before any computation.
+            TypeError: If labels, `num_inference_steps`, generators or latents are of a wrong type.
+
+        Examples:
+
+        ```py
+        >>> import torch
+        >>> from softvq_hf import SoftVQPipeline
+
+        >>> pipeline = SoftVQPipeline.from_pretrained("outputs/quickstart/generator")
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> images = pipeline([0, 1], guidance_scale=1.75, guidance_interval=(0.0, 0.7), generator=generator).images
+        ```
+        """
+        # 1. Check the inputs
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        class_ids = self.prepare_class_labels(class_labels)
+        batch_size = len(class_ids)
+        self.check_inputs(
+            batch_size,
+            guidance_scale,
+            guidance_interval,
+            num_inference_steps,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. Labels, grid and noise
+        class_labels = torch.tensor(class_ids, device=device)
+        times = self.prepare_timesteps(num_inference_steps, device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(batch_size, generator, latents, device)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
+
+        # 3. Denoise
+        low, high = guidance_interval
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, (t, time) in enumerate(zip(timesteps, times, strict=True)):
+                if self.interrupt:
+                    continue
+
+                model_input = latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    model_input = self.scheduler.scale_model_input(latents, t)
+                guided = self.guidance_scale > 1 and low <= time <= high
+                prediction = self.predict(model_input, t, class_labels, guided)
+                latents = self.denoise(prediction, t, latents, step_kwargs)
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+
+                progress_bar.update()
+
+        # 4. Decode
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
