@@ -13,6 +13,7 @@ install_requires = [
     "transformers>=5.23",  # frozen vision teachers (Dinov2Model), HfArgumentParser
     "accelerate>=1.15",  # launch, DDP, mixed precision, saving and resuming the training state
     "datasets>=5.2",  # images from the Hub, image folders and parquet; the sharded latent cache
+    "pyarrow>=26",  # shards of cached latents
     "peft>=0.21",  # LoRA adapters through diffusers' PeftAdapterMixin
     "evaluate>=0.4.6",  # metric modules, saving of results
     "huggingface_hub>=2.4",  # downloads, push_to_hub, model cards
@@ -67,5 +68,5 @@ setup(
     # and is importable as softvq_hf.pipelines.
     package_dir={"": "src", "softvq_hf.pipelines": "pipelines"},
     packages=find_packages("src") + ["softvq_hf.pipelines"],
-    package_data={"softvq_hf": ["py.typed"]},
+    package_data={"softvq_hf": ["py.typed"], "softvq_hf.training": ["templates/*.md"]},
 )

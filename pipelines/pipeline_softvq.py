@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKL,
     DiffusionPipeline,
     FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
@@ -30,11 +31,11 @@ from huggingface_hub import snapshot_download
 # diffusers loads a component from a module that is imported already, or from a source file beside the weights. The
 # imports serve the first case; in the second (an exported folder) this package need not be installed.
 try:
-    import softvq_hf.models.autoencoder_softvq
-    import softvq_hf.models.transformer_dit_1d
     import softvq_hf.schedulers.scheduling_stochastic_interpolant  # noqa: F401
+    from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
+    from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 except ModuleNotFoundError:
-    pass
+    AutoencoderSoftVQ = DiTTransformer1DModel = ModelMixin
 
 
 class SoftVQPipeline(DiffusionPipeline):
@@ -59,8 +60,13 @@ class SoftVQPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
 
+    # `from_pipe` takes over a model whose exact type stands here; `ModelMixin` admits classes from an exported folder.
     def __init__(
-        self, vae: ModelMixin, transformer: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None
+        self,
+        vae: AutoencoderSoftVQ | AutoencoderKL | ModelMixin,
+        transformer: DiTTransformer1DModel | ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
@@ -206,7 +212,7 @@ class SoftVQPipeline(DiffusionPipeline):
         """Raise a `ValueError` or `TypeError` which says what [`~SoftVQPipeline.__call__`] accepts."""
         if self.predicts_variance and self.is_flow_matching:
             raise ValueError(
-                f"`scheduler` is a {self.scheduler.__class__.__name__}, allowed: `DDPMScheduler` and the like, because "
+                f"`scheduler` is a {self.scheduler.__class__.__name__}, allowed: `DDPMScheduler` and the like, since "
                 "the transformer predicts a noise and its variance (`out_channels` is twice `in_channels`)."
             )
         if batch_size == 0:

@@ -13,7 +13,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture
 def golden():
-    """Reads a reference model: `golden(name) -> (description dict, {"weights.*" | "input.*" | "output.*": tensor})`."""
+    """Reads a reference: `golden(name) -> (description dict, {"weights.*" | "input.*" | "output.*": tensor})`."""
 
     def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
         return json.loads((FIXTURES / f"{name}.json").read_text()), load_file(FIXTURES / f"{name}.safetensors")
@@ -25,3 +25,48 @@ def golden():
 def seed_everything():
     """Every test starts from the same global torch seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_pipeline():
+    """
+    Builds a real pipeline of 10 tokens with 6 channels, 16 x 16 pixels and 4 classes:
+    `tiny_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **transformer_config)`.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
+    from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+    from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+
+    def build(scheduler=None, **transformer_config):
+        torch.manual_seed(0)
+        vae = AutoencoderSoftVQ(
+            sample_size=16,
+            encoder_patch_size=8,
+            decoder_patch_size=8,
+            num_latent_tokens=10,
+            latent_channels=6,
+            codebook_size=8,
+            num_codebooks=2,
+            encoder_hidden_size=16,
+            encoder_num_layers=1,
+            encoder_num_attention_heads=2,
+            decoder_hidden_size=16,
+            decoder_num_layers=1,
+            decoder_num_attention_heads=2,
+            scaling_factor=4.0,
+            shift_factor=0.1,
+        )
+        config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 4}
+        transformer = DiTTransformer1DModel(num_tokens=10, in_channels=6, **{**config, **transformer_config})
+        pipeline = SoftVQPipeline(
+            vae=vae.eval(),
+            transformer=transformer.eval(),
+            scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
+            id2label={0: "tench, Tinca tinca", 1: "crane", 2: "crane, heron", 3: "goldfish"},
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return build

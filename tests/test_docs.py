@@ -1,33 +1,60 @@
-"""What README and docs show must run: their Python on a tiny pipeline, their commands through the scripts' arguments."""
+"""What README and docs show must run: Python on tiny models, commands through the arguments of the scripts."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from softvq_hf import AutoencoderSoftVQ, DiTTransformer1DModel, SoftVQPipeline, StochasticInterpolantScheduler
+from softvq_hf.data import load_image_dataset
+from softvq_hf.training.arguments import parse_args
+from softvq_hf.training.hub import export_pipeline
 
 
 ROOT = Path(__file__).parents[1]
-PYTHON_DOCUMENTS = ["README.md", "docs/quicktour.md", "docs/hub.md", "docs/data.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+QUICKSTART = ROOT / "training/configs/quickstart"
 
 
-def python_snippets(document):
-    """Fenced Python blocks in order, except those after a `<!-- not run: why -->` line."""
-    blocks = re.findall(r"(<!-- not run: .+ -->\n)?```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    return [code for not_run, code in blocks if not not_run]
+def fenced_blocks(document, language):
+    """Fenced blocks in order, except those below a line `<!-- not run: why -->`."""
+    blocks = re.findall(rf"(<!-- not run: .+ -->\n)?```{language}\n(.*?)```", document.read_text(), re.DOTALL)
+    return [block for not_run, block in blocks if not not_run]
+
+
+def shown_commands():
+    """Every `accelerate launch` command of documents and Makefile, as a list of words."""
+    texts = {document: "\n".join(fenced_blocks(document, "bash")) for document in DOCUMENTS}
+    makefile = ROOT / "Makefile"
+    texts[makefile] = makefile.read_text().replace("$(QUICKSTART)", "training/configs/quickstart")
+    texts[makefile] = texts[makefile].replace("$(LAUNCH) ", "accelerate launch ")
+    for document, text in texts.items():
+        for line in text.replace("\\\n", " ").splitlines():
+            if "accelerate launch" in line and ".py" in line:
+                yield pytest.param(shlex.split(line.strip()), id=f"{document.name}: {' '.join(line.split())[:70]}")
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def quickstart_outputs(tmp_path_factory):
-    """A folder like the repository after `make quickstart`, with tiny untrained models."""
-    from softvq_hf import AutoencoderSoftVQ, DiTTransformer1DModel, SoftVQPipeline, StochasticInterpolantScheduler
-    from softvq_hf.data import load_image_dataset
-
+def after_quickstart(tmp_path_factory):
+    """A folder as the repository is after `make quickstart`, but with tiny untrained models."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("repository")
-    (folder / "pipelines").symlink_to(ROOT / "pipelines")
+    for name in ("pipelines", "training"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "my-images").mkdir()
+
     dataset = load_image_dataset("photographs", split="validation", resolution=64, train=False)
     vae = AutoencoderSoftVQ(
         sample_size=64,
@@ -40,8 +67,6 @@ def quickstart_outputs(tmp_path_factory):
         decoder_hidden_size=16,
         decoder_num_layers=1,
         decoder_num_attention_heads=2,
-        shift_factor=0.1,
-        scaling_factor=2.0,
     )
     transformer = DiTTransformer1DModel(
         num_tokens=16,
@@ -51,28 +76,82 @@ def quickstart_outputs(tmp_path_factory):
         attention_head_dim=8,
         num_classes=dataset.num_classes,
     )
-    pipeline = SoftVQPipeline(
-        vae=vae.eval(),
-        transformer=transformer.eval(),
-        scheduler=StochasticInterpolantScheduler(),
-        id2label=dataset.id2label,
-    )
-    pipeline.save_pretrained(folder / "outputs/quickstart/generator")
-    vae.save_pretrained(folder / "outputs/quickstart/tokenizer")
+    scheduler = StochasticInterpolantScheduler()
+    outputs = folder / "outputs/quickstart"
+    vae.save_pretrained(outputs / "tokenizer")
+    cache_latents = load_script("cache_latents")
+    command = ["--pretrained_model_name_or_path", outputs / "tokenizer", "--output_dir", outputs / "latents"]
+    command += ["--dataset_name", "photographs", "--max_train_samples", "16"]
+    cache_latents.main(parse_args(cache_latents.CacheLatentsArguments, list(map(str, command))))
+    vae = AutoencoderSoftVQ.from_pretrained(outputs / "latents/vae")
+    pipeline = SoftVQPipeline(vae=vae, transformer=transformer.eval(), scheduler=scheduler, id2label=dataset.id2label)
+    export_pipeline(pipeline, outputs / "generator")
     return folder
 
 
-@pytest.mark.parametrize("document", PYTHON_DOCUMENTS)
-def test_python_snippets_run(document, quickstart_outputs, monkeypatch):
-    monkeypatch.chdir(quickstart_outputs)
-    snippets = python_snippets(document)
-    assert snippets
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if fenced_blocks(d, "python")], ids=lambda d: d.name)
+def test_python_of_documents_runs(document, after_quickstart, monkeypatch):
+    monkeypatch.chdir(after_quickstart)
     namespace = {}
-    for code in snippets:
+    for code in fenced_blocks(document, "python"):
         exec(compile(code, document, "exec"), namespace)
 
 
-def test_trust_remote_code_stands_wherever_custom_pipeline_does():
-    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "training").glob("*.py")]:
-        for call in re.findall(r"from_pretrained\([^)]*custom_pipeline=[^)]*\)", document.read_text()):
-            assert "trust_remote_code=True" in call or "..." in call, f"{document}: {call}"
+@pytest.mark.parametrize("command", list(shown_commands()))
+def test_shown_commands_are_understood(command, after_quickstart, monkeypatch):
+    monkeypatch.chdir(after_quickstart)
+    script = next(word for word in command if word.endswith(".py"))
+    if "--config_file" in command:
+        assert yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text())
+    module = load_script(Path(script).stem)
+    (arguments,) = (
+        value
+        for name, value in vars(module).items()
+        if name.endswith("Arguments") and value.__module__ == module.__name__
+    )
+    args = parse_args(arguments, command[command.index(script) + 1 :])
+    assert args.output_dir.startswith("outputs/")
+
+
+def test_custom_pipeline_never_stands_without_trust_remote_code():
+    calls = []
+    for file in [*DOCUMENTS, *(ROOT / "training").glob("*.py"), *(ROOT / "pipelines").glob("*.py")]:
+        calls += re.findall(r"from_pretrained\([^()]*custom_pipeline=(?:[^()]|\([^()]*\))*\)", file.read_text())
+    assert len(calls) >= 3
+    for call in calls:
+        assert "trust_remote_code=True" in call or call.endswith("...)"), call
+
+
+def test_quickstart_report(after_quickstart, monkeypatch, capsys):
+    monkeypatch.chdir(after_quickstart)
+    configs = after_quickstart / "configs"
+    configs.mkdir()
+    for name in ("softvq.yaml", "sit.yaml"):
+        config = yaml.safe_load((QUICKSTART / name).read_text())
+        (configs / name).write_text(yaml.safe_dump({**config, "num_inference_steps": 2}))
+        lines = [
+            {"step": step, "epoch": 0, "time": 6.0 * step, "loss": 1 / step, "reconstruction": 1 / step}
+            for step in (1, 2)
+        ]
+        lines.append({"step": 2, "epoch": 0, "time": 15.0, "validation/psnr": 11.0})
+        metrics = Path(config["output_dir"], "metrics.jsonl")
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    report = load_script("quickstart_report")
+    report.main(configs)
+
+    outputs = after_quickstart / "outputs/quickstart"
+    for name in ("reconstructions.png", "samples.png", "training.png"):
+        assert (outputs / name).read_bytes().startswith(b"\x89PNG")
+    text = (outputs / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    # 256 numbers per image on the tokenizer's side; 9 x 9 x 3 = 243 is the closest that a thumbnail comes
+    tokenizer_psnr, thumbnail_psnr = map(float, re.findall(r"([\d.]+) dB", text))
+    assert "| 256 |" in text and "| 243 |" in text
+    assert thumbnail_psnr > 15 > tokenizer_psnr  # an untrained tokenizer is worse than the thumbnail
+    assert "2 steps | 15 |" in text
+
+
+@pytest.mark.parametrize(("num_values", "size"), [(3, (1, 1)), (256, (9, 9)), (270, (9, 10)), (2048, (26, 26))])
+def test_thumbnail_size(num_values, size):
+    assert load_script("quickstart_report").thumbnail_size(num_values) == size

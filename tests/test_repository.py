@@ -12,6 +12,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import softvq_hf
+
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -101,6 +103,7 @@ def test_constraints_pin_every_dependency():
 
 def test_versions_agree():
     version = re.search(r'version="(.+)"', (ROOT / "setup.py").read_text()).group(1)
+    assert softvq_hf.__version__ == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     assert "project" not in tomllib.loads((ROOT / "pyproject.toml").read_text()), "metadata belongs to setup.py"
 
@@ -127,9 +130,7 @@ def test_links_resolve(document):
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "document", [*DOCUMENTS, ROOT / "Makefile"], ids=lambda path: str(path.relative_to(ROOT))
-)
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "Makefile"], ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_documents_name_exist(document):
     text = document.read_text().replace("$(QUICKSTART)", "training/configs/quickstart")
     named = re.findall(r"(?<![\w/.-])((?:training|pipelines|docs|tests|src)/[\w./-]+\.(?:py|yaml|md|png|svg))", text)

@@ -2,8 +2,8 @@
 
     accelerate launch training/train_softvq.py --config training/configs/softvq_l_64.yaml
 
-Every batch is seen twice: by the tokenizer (reconstruction, quantizer, perceptual, adversarial and alignment losses) and,
-as detached reconstructions beside the originals, by the discriminator. `--output_dir` becomes a folder for
+Every batch is seen twice: by the tokenizer (reconstruction, quantizer, perceptual, adversarial and alignment losses)
+and, as detached reconstructions beside the originals, by the discriminator. `--output_dir` becomes a folder for
 `AutoencoderSoftVQ.from_pretrained`, with checkpoints, metrics and pictures beside the weights.
 """
 
@@ -22,17 +22,27 @@ from transformers import Dinov2Model
 
 from softvq_hf.conversion.dinov2 import load_dinov2_encoder
 from softvq_hf.data import collate_images, load_image_dataset
-from softvq_hf.losses.adversarial import ADVERSARIAL_LOSSES, LeCAMRegularizer, adaptive_weight
-from softvq_hf.losses.alignment import AlignmentLoss, load_teacher
-from softvq_hf.losses.discriminators import DISCRIMINATORS, build_discriminator, frozen_discriminator
-from softvq_hf.losses.perceptual import PerceptualLoss, PerceptualWeightsUnavailable
-from softvq_hf.losses.schedules import adversarial_weight, warmup_weight
+from softvq_hf.losses import (
+    ADVERSARIAL_LOSSES,
+    ALIGNMENT_MODES,
+    DISCRIMINATORS,
+    AlignmentLoss,
+    LeCAMRegularizer,
+    PerceptualLoss,
+    PerceptualWeightsUnavailable,
+    adaptive_weight,
+    adversarial_weight,
+    build_discriminator,
+    frozen_discriminator,
+    load_teacher,
+    warmup_weight,
+)
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.training.accelerator import build_accelerator
 from softvq_hf.training.arguments import TrainingArguments, check_model_config, check_output_dir, parse_args
 from softvq_hf.training.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
-from softvq_hf.training.hub import push_folder, tokenizer_card
-from softvq_hf.training.logging import MetricsLogger, reduce_losses
+from softvq_hf.training.hub import export_tokenizer, push_folder, tokenizer_card
+from softvq_hf.training.logging import MetricsLogger, mean_over_batches, reduce_losses
 from softvq_hf.training.optimization import (
     build_lr_scheduler,
     build_optimizer,
@@ -40,7 +50,13 @@ from softvq_hf.training.optimization import (
     scaled_learning_rate,
     step_generator,
 )
-from softvq_hf.training.state import TrainerState, check_dataset_size, resolve_max_train_steps, training_batches
+from softvq_hf.training.state import (
+    TrainerState,
+    check_dataset_size,
+    prepare_dataloader,
+    resolve_max_train_steps,
+    training_batches,
+)
 from softvq_hf.training.validation import averaged_weights, evaluate_reconstruction, reconstruction_grid
 
 
@@ -71,6 +87,10 @@ class SoftVQTrainingArguments(TrainingArguments):
     kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL divergence (kl)."})
     perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of LPIPS-VGG; 0 = off."})
     perceptual_warmup_steps: int = field(default=0, metadata={"help": "Updates in which it grows from 0."})
+    perceptual_dropout: bool = field(default=False, metadata={"help": "Dropout inside LPIPS, as published."})
+    perceptual_trunk: str | None = field(
+        default=None, metadata={"help": "File of torchvision's VGG16 weights; by default its cache or a download."}
+    )
     discriminator: str = field(default="none", metadata={"help": f"none, {', '.join(DISCRIMINATORS)}."})
     discr_learning_rate: float | None = field(default=None, metadata={"help": "By default --learning_rate."})
     adversarial_loss: str = field(
@@ -90,7 +110,7 @@ class SoftVQTrainingArguments(TrainingArguments):
         default="repeat",
         metadata={
             "help": "How latents meet teacher tokens.",
-            "choices": ["global", "avg_1d", "avg_1d_shuffle", "repeat"],
+            "choices": list(ALIGNMENT_MODES),
         },
     )
     alignment_hidden_size: int = field(default=1024, metadata={"help": "Width of the projection to the teacher."})
@@ -99,6 +119,7 @@ class SoftVQTrainingArguments(TrainingArguments):
     )
 
     # validation
+    validation_split: str = field(default="validation", metadata={"help": "Split that validation measures."})
     max_validation_samples: int | None = field(default=1000, metadata={"help": "Images PSNR is measured on."})
     num_validation_images: int = field(default=8, metadata={"help": "Images in the picture of reconstructions."})
 
@@ -117,7 +138,9 @@ class SoftVQTrainingArguments(TrainingArguments):
             if name.endswith("_weight") and not isinstance(getattr(self, name), bool) and not getattr(self, name) >= 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: numbers from 0 on.")
         if self.discriminator not in ("none", *DISCRIMINATORS):
-            raise ValueError(f"`--discriminator` is {self.discriminator!r}, allowed: none, {', '.join(DISCRIMINATORS)}.")
+            raise ValueError(
+                f"`--discriminator` is {self.discriminator!r}, allowed: none, {', '.join(DISCRIMINATORS)}."
+            )
         if self.discriminator != "none" and self.max_train_steps is not None:
             if self.adversarial_start >= self.max_train_steps:
                 raise ValueError(
@@ -142,10 +165,12 @@ def build_tokenizer(args: SoftVQTrainingArguments) -> AutoencoderSoftVQ:
     return model
 
 
-def load_perceptual_loss() -> PerceptualLoss | None:
+def load_perceptual_loss(args: SoftVQTrainingArguments) -> PerceptualLoss | None:
     """LPIPS, or `None` with a warning where its weights cannot be had."""
+    if args.perceptual_weight == 0:
+        return None
     try:
-        return PerceptualLoss()
+        return PerceptualLoss(args.perceptual_trunk, dropout=args.perceptual_dropout).train()
     except PerceptualWeightsUnavailable as error:
         logger.warning(f"Training goes on WITHOUT the perceptual loss. {error}")
         return None
@@ -157,14 +182,21 @@ def main(args: SoftVQTrainingArguments) -> None:
     accelerator = build_accelerator(args)
     device = accelerator.device
 
-    # 1. Data
-    train_dataset = load_image_dataset(
-        args.data_source,
-        split=args.train_split,
-        train=True,
-        max_samples=args.max_train_samples,
-        **args.dataset_options(),
-    )
+    # 1. Data. A tokenizer needs no labels.
+    options = {"label_column": None, **args.dataset_options()}
+    validation_dataset = None
+    with accelerator.main_process_first():
+        train_dataset = load_image_dataset(
+            args.data_source, split=args.train_split, train=True, max_samples=args.max_train_samples, **options
+        )
+        if args.validation_steps > 0:
+            validation_dataset = load_image_dataset(
+                args.data_source,
+                split=args.validation_split,
+                train=False,
+                max_samples=args.max_validation_samples,
+                **options,
+            )
     check_dataset_size(train_dataset, args.train_batch_size, accelerator.num_processes)
     loader_options = {
         "batch_size": args.train_batch_size,
@@ -173,20 +205,13 @@ def main(args: SoftVQTrainingArguments) -> None:
     }
     shuffle = not isinstance(train_dataset, IterableDataset)
     train_dataloader = DataLoader(train_dataset, shuffle=shuffle, drop_last=True, **loader_options)
-    validation_dataloader = None
-    if args.validation_steps > 0:
-        validation_dataset = load_image_dataset(
-            args.data_source,
-            split=args.validation_split,
-            train=False,
-            max_samples=args.max_validation_samples,
-            **args.dataset_options(),
-        )
-        validation_dataloader = accelerator.prepare(DataLoader(validation_dataset, **loader_options))
+    train_dataloader = prepare_dataloader(accelerator, train_dataloader)
+    if validation_dataset is not None:
+        validation_dataloader = prepare_dataloader(accelerator, DataLoader(validation_dataset, **loader_options))
 
     # 2. The tokenizer and what judges it: perceptual loss, discriminator, alignment to a teacher
     tokenizer = build_tokenizer(args)
-    perceptual_loss = load_perceptual_loss() if args.perceptual_weight > 0 else None
+    perceptual_loss = load_perceptual_loss(args)
     discriminator = None if args.discriminator == "none" else build_discriminator(args.discriminator)
     lecam = LeCAMRegularizer().to(device) if discriminator is not None and args.lecam_weight > 0 else None
     teacher = alignment_loss = None
@@ -197,7 +222,6 @@ def main(args: SoftVQTrainingArguments) -> None:
         )
 
     # 3. Optimizers. Schedules are not prepared: they advance by hand, once per update.
-    train_dataloader = accelerator.prepare(train_dataloader)
     max_train_steps = resolve_max_train_steps(
         train_dataloader, args.max_train_steps, args.num_train_epochs, args.gradient_accumulation_steps
     )
@@ -238,7 +262,7 @@ def main(args: SoftVQTrainingArguments) -> None:
         Path(args.output_dir, "args.yaml").write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
 
     logger.info(
-        f"Training {sum(p.numel() for p in plain_tokenizer.parameters()) / 1e6:.1f}M parameters from step {state.step} to"
+        f"Training {plain_tokenizer.num_parameters() / 1e6:.1f}M parameters from step {state.step} to"
         f" {max_train_steps}, {args.train_batch_size} x {accelerator.num_processes} processes x"
         f" {args.gradient_accumulation_steps} accumulated images per step"
     )
@@ -337,7 +361,7 @@ def main(args: SoftVQTrainingArguments) -> None:
         if step % args.logging_steps == 0:
             metrics.log(values)
 
-        if validation_dataloader is not None and (step % args.validation_steps == 0 or step == max_train_steps):
+        if args.validation_steps > 0 and (step % args.validation_steps == 0 or step == max_train_steps):
             with averaged_weights(ema, plain_tokenizer):
                 quality, originals, reconstructions = evaluate_reconstruction(
                     accelerator, plain_tokenizer, validation_dataloader, args.num_validation_images
@@ -345,25 +369,27 @@ def main(args: SoftVQTrainingArguments) -> None:
             metrics.log({f"validation/{name}": value for name, value in quality.items()})
             metrics.log_image("validation", reconstruction_grid(originals, reconstructions))
         if step % args.checkpointing_steps == 0:
-            save_checkpoint(
-                accelerator,
-                args.output_dir,
-                state,
-                checkpoints_total_limit=args.checkpoints_total_limit,
-                **parts,
-            )
+            save_checkpoint(accelerator, args.output_dir, state, args.checkpoints_total_limit, **parts)
         values_of_step, step_started = [], time.perf_counter()
     progress.close()
 
     # 6. The result: averaged weights, a model card, and both on the Hub
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+        card = tokenizer_card(
+            plain_tokenizer,
+            repo_id=repo_id if args.push_to_hub else args.output_dir,
+            dataset_name=args.data_source,
+            evaluation_dataset=f"the {args.validation_split} split of {args.data_source}",
+            training_settings=args.to_dict(),
+            metrics=metrics.last_validation(),
+            base_model=args.pretrained_model_name_or_path,
+        )
         with averaged_weights(ema, plain_tokenizer):
-            plain_tokenizer.save_pretrained(args.output_dir)
-        card = tokenizer_card(...)
-        card.save(Path(args.output_dir, "README.md"))
+            export_tokenizer(plain_tokenizer, args.output_dir, card)
         if args.push_to_hub:
-            url = push_folder(...)
+            url = push_folder(repo_id, args.output_dir, token=args.hub_token, private=args.hub_private)
             logger.info(f"Uploaded to {url}")
     metrics.close()
 

@@ -35,7 +35,8 @@ def test_official_loss_and_gradients(golden, suffix, path_type, weighting):
     prefix = f"weights{suffix}."
     weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     transformer = convert_sit(weights, description[f"config{suffix}"])
-    inputs = {key: tensors[f"input{suffix}.{key}"] for key in ("latents_raw", "vq_mean", "vq_std", "u", "n", "noise", "y")}
+    prefix = f"input{suffix}."
+    inputs = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     case = f"output{suffix}.{path_type}_{weighting}"
 
     latents = (inputs["latents_raw"] - inputs["vq_mean"]) / inputs["vq_std"]
@@ -53,14 +54,14 @@ def test_official_loss_and_gradients(golden, suffix, path_type, weighting):
     loss.mean().backward()
 
     torch.testing.assert_close(seen["model_input"], tensors[f"{case}.model_input"], atol=2e-6, rtol=0)
-    torch.testing.assert_close(seen["model_output"], tensors[f"{case}.model_output"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(seen["model_output"], tensors[f"{case}.model_output"], atol=1e-5, rtol=0)
     torch.testing.assert_close(loss, tensors[f"{case}.loss"], atol=0, rtol=1e-6)
     torch.testing.assert_close(
-        transformer.proj_out.weight.grad, tensors[f"{case}.grad.final_layer.linear.weight"], atol=1e-6, rtol=1e-5
+        transformer.proj_out.weight.grad, tensors[f"{case}.grad.final_layer.linear.weight"], atol=1e-5, rtol=0
     )
     attn = transformer.transformer_blocks[0].attn
     qkv_bias_grad = torch.cat([attn.to_q.bias.grad, attn.to_k.bias.grad, attn.to_v.bias.grad])
-    torch.testing.assert_close(qkv_bias_grad, tensors[f"{case}.grad.blocks.0.attn.qkv.bias"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(qkv_bias_grad, tensors[f"{case}.grad.blocks.0.attn.qkv.bias"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
@@ -103,9 +104,7 @@ def test_perfect_prediction_has_no_loss(tiny_inputs):
 
 def test_samples_do_not_mix(tiny_inputs):
     loss = flow_matching_loss(**tiny_inputs)
-    part = {
-        key: value[2:4] if torch.is_tensor(value) else value for key, value in tiny_inputs.items()
-    }
+    part = {key: value[2:4] if torch.is_tensor(value) else value for key, value in tiny_inputs.items()}
     assert loss.shape == (6,)
     torch.testing.assert_close(flow_matching_loss(**part), loss[2:4], atol=1e-6, rtol=1e-6)
 

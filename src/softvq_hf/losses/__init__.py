@@ -12,8 +12,10 @@ from softvq_hf.losses.adversarial import (
     vanilla_discriminator_loss,
 )
 from softvq_hf.losses.alignment import ALIGNMENT_MODES, AlignmentLoss, FrozenTeacher, load_teacher
+from softvq_hf.losses.augmentation import differentiable_augmentation
 from softvq_hf.losses.discriminators import (
     DISCRIMINATORS,
+    MaskBitDiscriminator,
     PatchGANDiscriminator,
     build_discriminator,
     frozen_discriminator,
@@ -29,6 +31,7 @@ __all__ = [
     "DISCRIMINATORS",
     "FrozenTeacher",
     "LeCAMRegularizer",
+    "MaskBitDiscriminator",
     "PatchGANDiscriminator",
     "PerceptualLoss",
     "PerceptualWeightsUnavailable",
@@ -36,6 +39,7 @@ __all__ = [
     "adversarial_weight",
     "build_discriminator",
     "consistency_loss",
+    "differentiable_augmentation",
     "flow_matching_loss",
     "frozen_discriminator",
     "hinge_discriminator_loss",

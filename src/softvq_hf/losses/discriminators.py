@@ -72,8 +72,62 @@ class PatchGANDiscriminator(nn.Module):
         return self.main(images)
 
 
+class MaskBitDiscriminator(nn.Module):
+    """The patch discriminator of MaskBit (arXiv 2409.16211), with the weights' names of the SoftVQ-VAE code.
+
+    3x3 convolutions: `num_layers` of stride 2 and one of stride 1, all but the first behind GroupNorm, then max
+    pooling and one to a single channel: with 3 layers 256x256 images give 16x16 logits. The logits of an image do not
+    depend on the other images of the batch.
+
+    Args:
+        in_channels (`int`, defaults to 3): Channels of the images.
+        hidden_channels (`int`, defaults to 64): Channels of the first two convolutions, a multiple of 32.
+        num_layers (`int`, defaults to 3): Number of layers of stride 2; every further one doubles the channels.
+
+    Raises:
+        ValueError: If an argument is below 1 or `hidden_channels` is not a multiple of 32.
+    """
+
+    def __init__(self, in_channels: int = 3, hidden_channels: int = 64, num_layers: int = 3) -> None:
+        super().__init__()
+        if hidden_channels < 1 or hidden_channels % 32 != 0:
+            raise ValueError(f"`hidden_channels` is {hidden_channels}, allowed: multiples of 32.")
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` is {num_layers}, allowed: 1 or more.")
+        self.in_channels = in_channels
+        self.min_image_size = 2 ** (num_layers + 1)
+        layers = [nn.Conv2d(in_channels, hidden_channels, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        channels = hidden_channels
+        for layer in range(1, num_layers + 1):
+            out_channels = hidden_channels * 2 ** (layer - 1)
+            stride = 2 if layer < num_layers else 1
+            layers += [
+                nn.GroupNorm(32, channels, eps=1e-6),
+                nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1),
+                nn.LeakyReLU(0.2),
+            ]
+            channels = out_channels
+        self.main = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Conv2d(channels, 1, 3, padding=1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, in_channels, H, W)`):
+                Images in [-1, 1] with sides of at least `2**(num_layers + 1)` pixels.
+
+        Returns:
+            `torch.Tensor`: logits of shape `(B, 1, h, w)`, one per patch.
+
+        Raises:
+            ValueError: If the number of axes or channels is wrong or the images are too small for one logit.
+        """
+        _check_images(images, self.in_channels, self.min_image_size)
+        return self.main(images)
+
+
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "patchgan": PatchGANDiscriminator,
+    "maskbit": MaskBitDiscriminator,
 }
 
 
@@ -81,7 +135,7 @@ def build_discriminator(name: str, **config) -> nn.Module:
     """Builds a discriminator by its name in `DISCRIMINATORS`.
 
     Args:
-        name (`str`): "patchgan".
+        name (`str`): "patchgan" or "maskbit".
         config: Arguments of the class.
 
     Returns:

@@ -192,6 +192,16 @@ class SoftVQTransformerBlock(nn.Module):
         return hidden_states + self.layer_scale2(self.ff(self.norm2(hidden_states)))
 
 
+class SoftVQDecoderBlock(SoftVQTransformerBlock):
+    """
+    The same block in the decoder. Encoder and decoder may differ in width and length, and regional compilation keeps one
+    graph per `forward`, so each side has its own.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states)
+
+
 class SoftVQTokenPositions(nn.Module):
     """
     Prefix tokens (class token, registers) and the learned absolute positions of the image tokens.
@@ -361,7 +371,7 @@ class SoftVQDecoder(nn.Module):
         )
         self.blocks = nn.ModuleList(
             [
-                SoftVQTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, layer_scale_init_value)
+                SoftVQDecoderBlock(hidden_size, num_attention_heads, mlp_ratio, layer_scale_init_value)
                 for _ in range(num_layers)
             ]
         )
@@ -577,8 +587,8 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
 
     main_input_name = "pixel_values"
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SoftVQTransformerBlock"]
-    _repeated_blocks = ["SoftVQTransformerBlock"]
+    _no_split_modules = ["SoftVQTransformerBlock", "SoftVQDecoderBlock"]
+    _repeated_blocks = ["SoftVQTransformerBlock", "SoftVQDecoderBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm", "positions", "layer_scale", "quantize"]
     # `encode` and `decode` do not pass through `forward`, so every module that they call has to load itself
     _group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv", "quantize"]

@@ -16,7 +16,7 @@ from softvq_hf.training.arguments import TrainingArguments
 
 def build_accelerator(args: TrainingArguments) -> Accelerator:
     """
-    An `Accelerator` whose data order can be resumed, with logging and seeds set up.
+    An `Accelerator` whose data order can be resumed and which repeats no sample, with logging and seeds set up.
 
     Raises:
         ValueError: If the tracker in `args.report_to` is unknown or not installed.
@@ -28,19 +28,22 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
             f" ({', '.join(available) or 'no one is'})."
         )
     accelerator = Accelerator(
+        # without this accelerate takes each of several CPU processes for the only one
+        cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=f"{args.output_dir}/{args.logging_dir}"
         ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, even_batches=False),
         # Batch statistics are never copied between processes in the middle of a step, where the discriminator's second
         # forward would find them changed under the first one's graph.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, force=True)
     get_logger(__name__).info(accelerator.state, main_process_only=False)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (datasets, transformers, diffusers):
         if accelerator.is_local_main_process:
             library.utils.logging.set_verbosity_warning()

@@ -1,8 +1,8 @@
 """Arguments of the training scripts: dataclasses filled from `--config file.yaml` and the command line.
 
-A YAML file holds the arguments of one run under the names of the flags; flags given on the command line win. The `model`
-argument, the configuration of the model to train, is a mapping in YAML and a JSON object on the command line, which is
-merged over the mapping.
+A YAML file holds the arguments of one run under the names of the flags; flags given on the command line win. The
+`model` argument, the configuration of the model to train, is a mapping in YAML and a JSON object on the command line,
+which is merged over the mapping.
 """
 
 import argparse
@@ -47,11 +47,7 @@ class TrainingArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps downloads."})
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset. Needs --max_train_steps."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split: str | None = field(
-        default="validation", metadata={"help": "Split to validate on; none switches validation off."}
-    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str | None = field(default="label", metadata={"help": "Column of the class labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first samples only."})
     resolution: int = field(default=256, metadata={"help": "Side of the square training images in pixels."})
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and forward pass."})
@@ -101,7 +97,10 @@ class TrainingArguments:
     seed: int = field(default=42, metadata={"help": "Seed of initial weights, data order and all random draws."})
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "Autocast dtype; by default what accelerate is configured to.", "choices": ["no", "fp16", "bf16"]},
+        metadata={
+            "help": "Autocast dtype; by default what accelerate is configured to.",
+            "choices": ["no", "fp16", "bf16"],
+        },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "TF32 matrix products on Ampere GPUs and newer."})
 
@@ -187,7 +186,6 @@ class TrainingArguments:
             "resolution": self.resolution,
             "config_name": self.dataset_config_name,
             "image_column": self.image_column,
-            "label_column": self.label_column,
             "streaming": self.streaming,
             "cache_dir": self.cache_dir,
             "revision": self.revision,
@@ -312,4 +310,6 @@ def check_output_dir(output_dir: str) -> None:
         with tempfile.TemporaryFile(dir=output_dir):
             pass
     except OSError as error:
-        raise ValueError(f"`--output_dir` is {output_dir!r}, allowed: a folder that can be written. {error}") from error
+        raise ValueError(
+            f"`--output_dir` is {output_dir!r}, allowed: a folder that can be written. {error}"
+        ) from error

@@ -46,7 +46,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
 
     Args:
         output_dir (`str` or `Path`): Folder of the run.
-        resume_from_checkpoint (`str`, *optional*): A checkpoint folder (a path, or its name in `output_dir`) or "latest".
+        resume_from_checkpoint (`str`, *optional*):
+            A checkpoint folder (a path, or its name in `output_dir`) or "latest".
 
     Returns:
         `Path`, or `None` for a fresh start: nothing to resume was asked for, or "latest" found no checkpoint.
@@ -77,7 +78,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     if present and path.resolve() != present[-1].resolve():
         raise ValueError(
             f"`--resume_from_checkpoint` is {resume_from_checkpoint!r}, but `--output_dir` holds"
-            f" {present[-1].name}: remove the checkpoints after the one to resume from, or choose another `--output_dir`."
+            f" {present[-1].name}: remove the checkpoints after the one to resume from, or choose another"
+            " `--output_dir`."
         )
     return path
 
@@ -86,11 +88,11 @@ def save_checkpoint(
     accelerator: Accelerator,
     output_dir: str | Path,
     state: TrainerState,
+    checkpoints_total_limit: int | None = None,
     *,
     ema: EMAModel | None = None,
     buffers: dict[str, torch.nn.Module] | None = None,
     lr_schedulers: Sequence[LRScheduler] = (),
-    checkpoints_total_limit: int | None = None,
 ) -> Path:
     """
     Write `checkpoint-{state.step}`, then delete the oldest checkpoints over the limit. To be called on all processes.
@@ -99,10 +101,10 @@ def save_checkpoint(
         accelerator (`Accelerator`): Holds the prepared models and optimizers.
         output_dir (`str` or `Path`): Folder of the run.
         state (`TrainerState`): Where the run stands.
+        checkpoints_total_limit (`int`, *optional*): Checkpoints to keep.
         ema (`EMAModel`, *optional*): Averaged weights.
         buffers (`dict`, *optional*): Modules by name that are not prepared but have a state, e.g. running averages.
         lr_schedulers (sequence of `LRScheduler`): Schedules, which are not prepared.
-        checkpoints_total_limit (`int`, *optional*): Checkpoints to keep.
 
     Returns:
         `Path`: The folder of the checkpoint.
@@ -178,8 +180,9 @@ def load_checkpoint(
     for name, module in (buffers or {}).items():
         module.load_state_dict(load_file(path / f"{name}.safetensors"))
     if ema is not None:
-        shadow_params = load_file(path / EMA_FILE, device=str(accelerator.device))
+        shadow_params = load_file(path / EMA_FILE)
         shadow_params = [shadow_params[name] for name in sorted(shadow_params)]
         ema.load_state_dict({**trainer_state["ema"], "shadow_params": shadow_params})
+        ema.to(accelerator.device)
     state.load_state_dict(trainer_state["trainer"])
     logger.info(f"Resumed from {path} at step {state.step}")

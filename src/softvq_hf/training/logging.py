@@ -23,8 +23,8 @@ class MetricsLogger:
     Writes one JSON object per line to `output_dir/metrics.jsonl` and the same values to the tracker.
 
     A line has "step" (optimizer updates done), "epoch" (passes over the data completed), "time" (seconds of training,
-    earlier runs included) and the values by name. A resumed run drops the lines after its checkpoint, so that no step is
-    there twice. Only the main process writes.
+    earlier runs included) and the values by name. A resumed run drops the lines after its checkpoint, so that no step
+    is there twice. Only the main process writes.
 
     Args:
         accelerator (`Accelerator`): Its trackers are started here.
@@ -49,12 +49,26 @@ class MetricsLogger:
             )
 
     def log(self, values: dict[str, float]) -> None:
-        """Write `values`, all of them finite, for the step that `state` stands at."""
+        """
+        Write `values` for the step that `state` stands at. One that is not finite becomes null: the gradient norm of
+        an update that the loss scale of fp16 left out.
+        """
         if self.accelerator.is_main_process:
-            line = {"step": self.state.step, "epoch": self.state.epoch, "time": round(self.state.elapsed(), 3), **values}
+            line = {"step": self.state.step, "epoch": self.state.epoch, "time": round(self.state.elapsed(), 3)}
+            line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         self.accelerator.log(values, step=self.state.step)
+
+    def last_validation(self) -> dict[str, float]:
+        """Figures of the last validation by name, of an earlier run if this one had none; empty if there was none."""
+        for line in reversed((self.output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()):
+            values = {
+                name.removeprefix("validation/"): value for name, value in json.loads(line).items() if "/" in name
+            }
+            if values:
+                return values
+        return {}
 
     def log_image(self, folder: str, image: Image.Image) -> None:
         """Write `image` to `output_dir/folder/step-N.png` and to the trackers under the name `folder`."""

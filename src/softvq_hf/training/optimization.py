@@ -1,6 +1,7 @@
 """Optimizers by name, learning-rate schedules, gradient clipping and the random draws of one training step."""
 
 import math
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -30,10 +31,13 @@ def build_lr_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer
     The schedule named `args.lr_scheduler`, to be stepped once per optimizer update (do not `prepare` it).
 
     "cosine_with_min_lr" is the published schedule of SoftVQ-VAE, which diffusers lacks: a cosine from the peak to
-    `min_lr` over all of `max_train_steps`, whose first `lr_warmup_steps` are replaced by a line from `lr_warmup_start` to
-    the peak. All other names are those of [`~diffusers.optimization.get_scheduler`]. `min_lr` and `lr_warmup_start`
+    `min_lr` over all of `max_train_steps`, whose first `lr_warmup_steps` are replaced by a line from `lr_warmup_start`
+    to the peak. All other names are those of [`~diffusers.optimization.get_scheduler`]. `min_lr` and `lr_warmup_start`
     belong to `args.learning_rate` and scale with the rate the optimizer really has.
     """
+    # A discriminator's schedule runs from the start, its optimizer from `adversarial_start` on; and an optimizer
+    # leaves out updates that overflow in fp16. torch warns of both.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
     if args.lr_scheduler != "cosine_with_min_lr":
         return get_scheduler(
             args.lr_scheduler,
@@ -71,8 +75,8 @@ def clip_gradients(
     """
     Clip the global gradient norm of one optimizer's parameters; `max_grad_norm=0` only measures it.
 
-    `Accelerator.clip_grad_norm_` would undo the fp16 loss scale of every optimizer at once, and so twice for the second of
-    a GAN's two.
+    `Accelerator.clip_grad_norm_` would undo the fp16 loss scale of every optimizer at once, and so twice for the
+    second of a GAN's two.
 
     Returns:
         `torch.Tensor`: The norm before clipping, a scalar.
@@ -83,10 +87,10 @@ def clip_gradients(
 
 def step_generator(seed: int, epoch: int, batch_index: int, rank: int) -> torch.Generator:
     """
-    The source of all random draws for one batch: a function of its arguments alone, so that a resumed run draws the same.
+    The source of all random draws for one batch: a function of its arguments, so that a resumed run draws the same.
 
-    It draws on the CPU, so that the draws do not depend on the device either. The global generators, which dropout inside
-    of library modules uses, are seeded along with it.
+    It draws on the CPU, so that the draws do not depend on the device either. The global generators, which dropout
+    inside of library modules uses, are seeded along with it.
 
     Args:
         seed (`int`): Seed of the run.

@@ -1,4 +1,4 @@
-"""Where a run stands, and the batches from there on: the part of training that must survive an interruption exactly."""
+"""Where a run stands, and the batches from there on: what an interruption must not change."""
 
 import time
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 
@@ -37,6 +38,20 @@ class TrainerState:
         self.seconds, self.started = state_dict["seconds"], time.perf_counter()
 
 
+def prepare_dataloader(accelerator: Accelerator, dataloader: DataLoader) -> DataLoader:
+    """The loader of this process. Streams have divided themselves among the processes already."""
+    if not isinstance(dataloader.dataset, IterableDataset):
+        return accelerator.prepare(dataloader)
+    return prepare_data_loader(
+        dataloader,
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        dispatch_batches=False,
+    )
+
+
 def resolve_max_train_steps(
     dataloader: DataLoader, max_train_steps: int | None, num_train_epochs: int | None, accumulation_steps: int
 ) -> int:
@@ -66,7 +81,7 @@ def training_batches(
     """
     Batches from where `state` stands until `state.step`, which the caller advances, reaches `max_train_steps`.
 
-    Every pass has its own order, a function of seed and epoch; a resumed run skips what the interrupted one had consumed.
+    Every pass has its own order, a function of seed and epoch; a resumed run skips what the interrupted one consumed.
 
     Args:
         accelerator (`Accelerator`): With `use_seedable_sampler` on.

@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 @contextmanager
 def averaged_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
-    """Within the context `model` (unwrapped) has the averaged weights and is in eval mode; afterwards all is as before."""
+    """Inside, `model` (unwrapped) has the averaged weights and is in eval mode; afterwards all is as before."""
     training = model.training
     model.eval()
     if ema is not None:
@@ -46,20 +46,24 @@ def evaluate_reconstruction(
         `tuple`: `{"psnr": decibels}` (mean over images of the PSNR of each, pixels in [0, 1], clamped), and the first
         originals and reconstructions as `(num_images or fewer, 3, H, W)` float32 tensors on the CPU in [-1, 1].
     """
-    psnr, originals, reconstructions = [], [], []
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # of decibels, of images
+    originals, reconstructions = [], []
     for batch in dataloader:
         pixel_values = batch["pixel_values"]
+        if len(pixel_values) == 0:  # no image of the batch could be read
+            continue
         with accelerator.autocast():
             sample = model(pixel_values).sample
         sample = sample.float().clamp(-1, 1)
         batch_psnr = peak_signal_noise_ratio(
             sample * 0.5 + 0.5, pixel_values * 0.5 + 0.5, data_range=1.0, dim=(1, 2, 3), reduction="none"
         )
-        psnr.append(accelerator.gather_for_metrics(batch_psnr))
+        total += torch.stack([batch_psnr.sum(), torch.tensor(len(batch_psnr), device=total.device)])
         if sum(map(len, originals)) < num_images:
             originals.append(pixel_values.cpu())
             reconstructions.append(sample.cpu())
-    metrics = {"psnr": torch.cat(psnr).mean().item()}
+    decibels, images = accelerator.reduce(total, "sum").tolist()
+    metrics = {"psnr": decibels / images}
     return metrics, torch.cat(originals)[:num_images], torch.cat(reconstructions)[:num_images]
 
 
