@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := pipelines src tests training setup.py
+CODE := docs pipelines src tests training setup.py
 LAUNCH := $(BIN)/accelerate launch --config_file training/accelerate/one_process.yaml
 QUICKSTART := training/configs/quickstart
 
@@ -46,7 +46,7 @@ style: $(VENV)/.installed
 	$(BIN)/ruff format $(CODE)
 
 docs: $(VENV)/.installed-docs build/lib
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Open site/index.html"
 
 clean:

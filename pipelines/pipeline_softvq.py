@@ -9,6 +9,7 @@ import difflib
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,18 +78,45 @@ class SoftVQPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor()
 
     @classmethod
+    def load_config(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> dict[str, Any] | tuple[dict[str, Any], ...]:
+        r"""
+        Read the index of a saved pipeline; [`~DiffusionPipeline.from_pretrained`] calls this.
+
+        An exported folder names the source files that it carries. Here the installed modules of the same names take
+        their place: this class runs no code from the folder, and needs no `trust_remote_code=True`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or a repository id.
+            kwargs: As in [`~diffusers.ConfigMixin.load_config`].
+
+        Returns:
+            `dict`, or a `tuple` that starts with it: what [`~diffusers.ConfigMixin.load_config`] returns.
+        """
+        result = super().load_config(pretrained_model_name_or_path, **kwargs)
+        index = result[0] if isinstance(result, tuple) else result
+        index["_class_name"] = cls.__name__
+        for name in cls._get_signature_keys(cls)[0]:
+            library, class_name = index[name]
+            for package in ("softvq_hf.models", "softvq_hf.schedulers"):
+                module = f"{package}.{library.split('.')[-1]}"
+                if module in sys.modules:
+                    index[name] = [module, class_name]
+        return result
+
+    @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
         r"""
         Download a repository from the Hub, or find it in the cache; [`~DiffusionPipeline.from_pretrained`] calls this.
 
-        Unlike [`~DiffusionPipeline.download`] it leaves code aside unless `trust_remote_code=True` or
-        `custom_pipeline` is given: this class and its components are installed. The Hub repository may thus hold
-        weights and configs only, and no flag is needed.
+        Unlike [`~DiffusionPipeline.download`] it fetches no code, unless `custom_pipeline` is given: this class and
+        its components are installed. The repository may thus hold weights and configs only.
 
         Args:
             pretrained_model_name (`str`): A repository id such as `"user/repo"`.
             kwargs: As in [`~DiffusionPipeline.download`]: `revision`, `variant`, `cache_dir`, `token`,
-                `force_download`, `local_files_only`, `trust_remote_code`, `custom_pipeline` and components by name.
+                `force_download`, `local_files_only`, `custom_pipeline` and components by name.
 
         Returns:
             `str`: The folder of the snapshot.
@@ -104,8 +132,6 @@ class SoftVQPipeline(DiffusionPipeline):
                 allow_patterns += [f"{name}/diffusion_pytorch_model-?????-of-?????.safetensors"]
                 if kwargs.get("variant") is not None:
                     allow_patterns += [f"{name}/diffusion_pytorch_model.{kwargs['variant']}*.safetensors"]
-        if kwargs.get("trust_remote_code"):
-            allow_patterns += ["*.py"]
 
         download_kwargs = {
             name: kwargs[name]
@@ -187,7 +213,7 @@ class SoftVQPipeline(DiffusionPipeline):
         if isinstance(class_labels, (list, tuple)):
             return [class_id for label in class_labels for class_id in self.prepare_class_labels(label)]
         if isinstance(class_labels, str):
-            return self.get_label_ids(class_labels)
+            return self.prepare_class_labels(self.get_label_ids(class_labels))
         if isinstance(class_labels, bool) or not isinstance(class_labels, (int, np.integer)):
             raise TypeError(
                 f"`class_labels` holds {class_labels!r} of type {type(class_labels).__name__}, allowed: integer class "

@@ -87,8 +87,8 @@ def plot_samples(rows: list[Image.Image], names: list[str], path: Path) -> None:
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.tight_layout(pad=0.2)
-    figure.savefig(path, dpi=150)
+    figure.subplots_adjust(hspace=0.03)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
 
 

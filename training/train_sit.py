@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from softvq_hf.data import collate_images, load_cached_latents, load_image_dataset
+from softvq_hf.data.latents import read_metadata
 from softvq_hf.losses import flow_matching_loss, sample_flow_times
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
@@ -132,6 +133,7 @@ def build_transformer(
         check_model_config(DiTTransformer1DModel, args.model)
         from_latents = {"num_tokens": num_tokens, "in_channels": in_channels, "num_classes": num_classes}
         transformer = DiTTransformer1DModel(**{**from_latents, **args.model})
+        transformer.initialize_weights()
 
     config = transformer.config
     if (config.num_tokens, config.in_channels) != (num_tokens, in_channels):
@@ -319,7 +321,7 @@ def main(args: SiTTrainingArguments) -> None:
         card = pipeline_card(
             pipeline,
             repo_id=repo_id if args.push_to_hub else args.output_dir,
-            dataset_name=args.data_source,
+            dataset_name=args.data_source or read_metadata(args.latents_dir)["dataset"]["source"],
             training_settings=args.to_dict(),
             base_model=args.pretrained_model_name_or_path,
         )

@@ -158,6 +158,7 @@ def run_half_of_the_batch(rank, folder, tensors):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_batch(tensors, tmp_path):
     """Averages, penalty and adaptive weight of two processes with half a batch each are those of the whole batch."""
     torch.multiprocessing.spawn(run_half_of_the_batch, args=(str(tmp_path), tensors), nprocs=2)

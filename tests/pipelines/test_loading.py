@@ -1,6 +1,7 @@
 """Every way to load SoftVQPipeline from disk, each in a fresh process, and the names diffusers' loading depends on."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def expected(pipeline):
     ).images
 
 
+@pytest.mark.slow
 def test_own_class(pipeline, expected, tmp_path):
     pipeline.save_pretrained(tmp_path / "generator")
     run_python(
@@ -74,6 +76,7 @@ def test_own_class(pipeline, expected, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), expected)
 
 
+@pytest.mark.slow
 def test_custom_pipeline(pipeline, expected, tmp_path):
     pipeline.save_pretrained(tmp_path / "generator")
     code = f"""
@@ -96,6 +99,7 @@ os.chdir(folder)
     np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), expected)
 
 
+@pytest.mark.slow
 def test_exported_folder_needs_diffusers_only(pipeline, expected, tmp_path):
     export_pipeline(pipeline, tmp_path / "exported")
     code = f"""
@@ -125,21 +129,28 @@ assert not [name for name in sys.modules if name.split(".")[0] == "softvq_hf"]
     np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), expected)
 
 
-def test_exported_folder_with_own_class_and_exported_again(pipeline, expected, tmp_path):
+@pytest.mark.slow
+def test_exported_folder_with_own_class(pipeline, expected, tmp_path):
     export_pipeline(pipeline, tmp_path / "exported")
     code = f"""
-from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+import sys
+from diffusers import DiffusionPipeline
+from softvq_hf import AutoencoderSoftVQ, SoftVQPipeline
 from softvq_hf.training.hub import export_pipeline
 
-try:
-    SoftVQPipeline.from_pretrained("exported")
-except ValueError as error:
-    assert "trust_remote_code=True" in str(error), error
-else:
-    raise AssertionError("code ran without trust_remote_code=True")
+# Our class needs no flag and runs no code from the folder.
+pipeline = SoftVQPipeline.from_pretrained("exported")
+assert type(pipeline) is SoftVQPipeline and type(pipeline.vae) is AutoencoderSoftVQ
+assert not [name for name in sys.modules if name.startswith("diffusers_modules")]
 
-export_pipeline(SoftVQPipeline.from_pretrained("exported", trust_remote_code=True), "again")
-pipeline = SoftVQPipeline.from_pretrained("again", trust_remote_code=True)
+# What came from such a folder can be exported and saved again.
+carried = DiffusionPipeline.from_pretrained(
+    "exported", custom_pipeline="{REPOSITORY}/pipelines/pipeline_softvq.py", trust_remote_code=True
+)
+assert type(carried.vae) is not AutoencoderSoftVQ
+export_pipeline(carried, "again")
+carried.save_pretrained("saved")
+assert type(SoftVQPipeline.from_pretrained("saved").vae) is AutoencoderSoftVQ
 {GENERATE}"""
     run_python(code, tmp_path)
     np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), expected)
@@ -148,12 +159,14 @@ pipeline = SoftVQPipeline.from_pretrained("again", trust_remote_code=True)
         return {
             path.relative_to(folder): path.read_bytes()
             for path in folder.rglob("*")
-            if path.is_file() and path.name != "README.md"
+            if path.suffix in (".py", ".safetensors")
         }
 
-    first, again = files(tmp_path / "exported"), files(tmp_path / "again")
-    assert first.keys() == again.keys()
-    assert all(first[name] == again[name] for name in first if name.suffix in (".py", ".safetensors"))
+    def index(folder):
+        return {**json.loads((folder / "model_index.json").read_text()), "_name_or_path": None}
+
+    assert files(tmp_path / "exported") == files(tmp_path / "again")
+    assert index(tmp_path / "exported") == index(tmp_path / "again")
 
 
 def test_no_folder_has_the_name_of_a_diffusers_pipeline():

@@ -46,13 +46,14 @@ def test_export_pipeline(tiny_pipeline, tmp_path):
         "scheduler/scheduler_config.json",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
-        "transformer/softvq_hf.models.transformer_dit_1d.py",
+        "transformer/transformer_dit_1d.py",
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
-        "vae/softvq_hf.models.autoencoder_softvq.py",
+        "vae/autoencoder_softvq.py",
     }
     index = json.loads((tmp_path / "exported" / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_softvq", "SoftVQPipeline"]
+    assert index["vae"] == ["autoencoder_softvq", "AutoencoderSoftVQ"]
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 
 
@@ -116,6 +117,7 @@ def test_card_says_only_what_it_was_told(tiny_pipeline, make_card):
         )
 
 
+@pytest.mark.slow
 def test_code_examples_of_cards_run(tiny_pipeline, tmp_path):
     pipeline = tiny_pipeline()
     export_pipeline(pipeline, tmp_path / "generator", pipeline_card(pipeline, repo_id="generator"))
@@ -252,6 +254,7 @@ def exported(tiny_pipeline, tmp_path):
     return pipeline(0, num_inference_steps=2, generator=generator, output_type="np").images
 
 
+@pytest.mark.slow
 def test_push_and_load_from_the_hub(exported, hub, tmp_path):
     for name in ("checkpoint-10/model.safetensors", "logs/events", ".cache/lock", "metrics.jsonl"):
         (tmp_path / "exported" / name).parent.mkdir(exist_ok=True)
@@ -293,13 +296,17 @@ else:
 pipeline = DiffusionPipeline.from_pretrained("user/model", trust_remote_code=True)
 assert "diffusers_modules" in type(pipeline).__module__
 """
-        + GENERATE,
+        + GENERATE
+        # once the code is in the cache our class still leaves it alone
+        + "from softvq_hf import AutoencoderSoftVQ, SoftVQPipeline\n"
+        "assert type(SoftVQPipeline.from_pretrained('user/model').vae) is AutoencoderSoftVQ\n",
         tmp_path,
         HF_ENDPOINT=hub.address,
     )
     np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), exported)
 
 
+@pytest.mark.slow
 def test_load_weights_only_repository(tiny_pipeline, exported, hub, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "saved")
     files = {

@@ -428,7 +428,13 @@ def _load(
 ) -> datasets.Dataset | datasets.IterableDataset:
     folder = Path(source)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = datasets.load_from_disk(source)
+        try:
+            saved = datasets.load_from_disk(source)
+        except (IndexError, OSError) as error:  # IndexError: a split without rows, which has no files
+            raise ValueError(
+                f"The saved data set in {source!r} is incomplete, or one of its splits is empty:"
+                f" {type(error).__name__}: {error}"
+            ) from error
         if isinstance(saved, datasets.Dataset):
             saved = {str(saved.split or "train"): saved}
         if split not in saved:

@@ -127,8 +127,8 @@ def write_latent_shard(
         finite = np.isfinite(latents).all(axis=(1, 2))
         if not finite.all():
             raise ValueError(
-                f"The latent of image {image_id[int(finite.argmin())]} is not finite as {latents.dtype}, allowed: finite"
-                " numbers. bf16 or no mixed precision, and latents in float32, reach further."
+                f"The latent of image {image_id[int(finite.argmin())]} is not finite as {latents.dtype}, allowed:"
+                " finite numbers. bf16 or no mixed precision, and latents in float32, reach further."
             )
     array = datasets.Array2D(shape=latent.shape[1:], dtype=str(latent.dtype))
     features = datasets.Features(

@@ -194,8 +194,8 @@ class SoftVQTransformerBlock(nn.Module):
 
 class SoftVQDecoderBlock(SoftVQTransformerBlock):
     """
-    The same block in the decoder. Encoder and decoder may differ in width and length, and regional compilation keeps one
-    graph per `forward`, so each side has its own.
+    The same block in the decoder. Encoder and decoder may differ in width and length, and regional compilation counts
+    graphs per `forward`, so each side has its own.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,10 @@ class TrainingArguments:
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset. Needs --max_train_steps."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first samples only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on only this many images."})
+    max_unreadable_fraction: float = field(
+        default=0.01, metadata={"help": "Share of unreadable images that is skipped; with more of them, stop."}
+    )
     resolution: int = field(default=256, metadata={"help": "Side of the square training images in pixels."})
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and forward pass."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Loader processes; 0 loads in the main one."})
@@ -190,6 +193,7 @@ class TrainingArguments:
             "cache_dir": self.cache_dir,
             "revision": self.revision,
             "seed": self.seed,
+            "max_unreadable_fraction": self.max_unreadable_fraction,
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,11 +41,9 @@ def export_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path, model_c
         library, class_name = index[name]
         if library == "diffusers":
             continue
-        source = sys.modules[library].__file__
-        # diffusers imports the sources in an exported folder under this prefix
-        library = library.removeprefix("diffusers_modules.local.")
-        shutil.copyfile(source, output_dir / name / f"{library}.py")
-        index[name] = [library, class_name]
+        source = Path(sys.modules[library].__file__)
+        shutil.copyfile(source, output_dir / name / source.name)
+        index[name] = [source.stem, class_name]
 
     pipeline_file = Path(inspect.getsourcefile(type(pipeline)))
     shutil.copyfile(pipeline_file, output_dir / pipeline_file.name)

@@ -1,0 +1,174 @@
+"""Shared by the tests of the training scripts: tiny models, and the two ways to run a script."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
+
+
+ROOT = Path(__file__).parents[2]
+
+# 32 pixels, 8 tokens of 4 channels
+TOKENIZER = {
+    "encoder_patch_size": 8,
+    "decoder_patch_size": 8,
+    "num_latent_tokens": 8,
+    "latent_channels": 4,
+    "codebook_size": 16,
+    "num_codebooks": 2,
+    "encoder_hidden_size": 16,
+    "encoder_num_layers": 1,
+    "encoder_num_attention_heads": 2,
+    "decoder_hidden_size": 16,
+    "decoder_num_layers": 1,
+    "decoder_num_attention_heads": 2,
+}
+TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+
+
+@pytest.fixture
+def tokenizer_config() -> dict:
+    return dict(TOKENIZER)
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path) -> Path:
+    """A saved tokenizer with latent statistics."""
+    AutoencoderSoftVQ(sample_size=32, **TOKENIZER, scaling_factor=2.0, shift_factor=0.1).save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def tokenizer_args() -> list[str]:
+    """Arguments for two passes over 16 crops of the photographs, in 8 updates of 4 images."""
+    return _flags(
+        model=json.dumps(TOKENIZER),
+        dataset_name="photographs",
+        resolution=32,
+        max_train_samples=16,
+        max_validation_samples=5,
+        train_batch_size=4,
+        max_train_steps=6,
+        learning_rate=1e-3,
+        checkpointing_steps=2,
+        validation_steps=3,
+        num_validation_images=3,
+    )
+
+
+@pytest.fixture
+def sit_args() -> list[str]:
+    return _flags(
+        model=json.dumps(TRANSFORMER),
+        train_batch_size=4,
+        max_train_steps=6,
+        learning_rate=1e-3,
+        checkpointing_steps=2,
+        validation_steps=3,
+        num_inference_steps=2,
+        num_sample_classes=3,
+        num_samples_per_class=2,
+    )
+
+
+def _flags(**arguments) -> list[str]:
+    return [f"--{name}={value}" for name, value in arguments.items()]
+
+
+@pytest.fixture
+def launch():
+    """Runs a script in processes of its own: `launch("train_softvq", *flags, num_processes=2)`."""
+
+    def run(script: str, *flags: str, num_processes: int = 1) -> None:
+        command = [sys.executable, "-m"]
+        if num_processes == 1:
+            command += ["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
+            command += ["--mixed_precision=no", "--dynamo_backend=no"]
+        else:
+            command += ["torch.distributed.run", f"--nproc_per_node={num_processes}", "--master_port=0"]
+        command += [str(ROOT / "training" / f"{script}.py"), *map(str, flags)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+        assert result.returncode == 0, result.stderr[-4000:]
+
+    return run
+
+
+@pytest.fixture
+def run_main(monkeypatch):
+    """Runs a script in this process, which is faster: `run_main("train_softvq", *flags)`."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+    def run(script: str, *flags: str) -> None:
+        spec = importlib.util.spec_from_file_location(script, ROOT / "training" / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, script, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        arguments = next(
+            value for name, value in vars(module).items() if name.endswith("TrainingArguments") and len(name) > 17
+        )
+        reset_accelerate()
+        module.main(module.parse_args(arguments, list(map(str, flags))))
+
+    yield run
+    reset_accelerate()
+
+
+@pytest.fixture
+def accelerator_states():
+    """Lets a test make Accelerators of its own."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def read_metrics():
+    """Lines of `metrics.jsonl` without the clock."""
+
+    def read(output_dir: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def assert_same_state():
+    """Two folders hold bit-equal weights, averages and optimizer states under the same names."""
+    from safetensors.torch import load_file
+
+    def compare(left: Path, right: Path) -> None:
+        names = {path.relative_to(left) for path in left.rglob("*.safetensors")}
+        assert names == {path.relative_to(right) for path in right.rglob("*.safetensors")} and names
+        for name in names:
+            tensors, others = load_file(left / name), load_file(right / name)
+            assert tensors.keys() == others.keys()
+            for key in tensors:
+                assert torch.equal(tensors[key], others[key]), f"{name}: {key}"
+        for path in left.rglob("optimizer*.bin"):
+            state = torch.load(path, weights_only=True)
+            other = torch.load(right / path.relative_to(left), weights_only=True)
+            assert state["param_groups"] == other["param_groups"] and state["state"].keys() == other["state"].keys()
+            for index, moments in state["state"].items():
+                for key in moments:
+                    assert torch.equal(moments[key], other["state"][index][key]), f"{path.name}: {index} {key}"
+
+    return compare

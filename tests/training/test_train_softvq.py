@@ -1,0 +1,224 @@
+"""`training/train_softvq.py`: what a run leaves behind, exact resumption, and every loss."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+
+from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
+
+
+GAN = [
+    "--discriminator=patchgan",
+    "--adversarial_start=2",
+    "--adaptive_adversarial_weight",
+    "--lecam_weight=0.001",
+    "--gradient_accumulation_steps=3",
+    "--lr_scheduler=cosine_with_min_lr",
+    "--lr_warmup_steps=2",
+    "--min_lr=1e-5",
+]
+
+
+def checkpoints(folder) -> list[str]:
+    return sorted(path.name for path in folder.glob("*checkpoint-*"))
+
+
+def interrupt(finished, interrupted, last_step: int) -> None:
+    """A copy of a finished run as it would be, had it been killed some time after the checkpoint of `last_step`."""
+    shutil.copytree(finished, interrupted)
+    for path in interrupted.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > last_step:
+            shutil.rmtree(path)
+    (interrupted / "diffusion_pytorch_model.safetensors").unlink()
+    (interrupted / f".checkpoint-{last_step + 2}.partial").mkdir()
+    with (interrupted / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+
+
+def test_run_and_exact_resume(launch, tokenizer_args, tmp_path, read_metrics, assert_same_state):
+    full, resumed = tmp_path / "full", tmp_path / "resumed"
+    launch("train_softvq", *tokenizer_args, *GAN, f"--output_dir={full}")
+
+    # what is there
+    assert checkpoints(full) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    model = AutoencoderSoftVQ.from_pretrained(full)
+    assert model.config.sample_size == 32 and model.config.num_latent_tokens == 8
+    assert model(torch.zeros(1, 3, 32, 32)).sample.shape == (1, 3, 32, 32)
+    card = (full / "README.md").read_text()
+    assert "license: apache-2.0" in card and "psnr" in card and "| adversarial_start | 2 |" in card
+    assert any(path.name.startswith("events.out") for path in (full / "logs").rglob("*"))
+    # three originals above three reconstructions, 2 pixels apart
+    assert sorted(path.name for path in (full / "validation").iterdir()) == ["step-3.png", "step-6.png"]
+    assert Image.open(full / "validation/step-3.png").size == (3 * 34 + 2, 2 * 34 + 2)
+
+    # what was logged
+    metrics = read_metrics(full)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [line["step"] for line in metrics if "validation/psnr" in line] == [3, 6]
+    training = [line for line in metrics if "loss" in line]
+    assert "discriminator_loss" not in training[0] and "discriminator_loss" in training[1]
+    assert {"reconstruction", "entropy", "generator", "grad_norm", "learning_rate"} <= training[1].keys()
+    times = [json.loads(line)["time"] for line in (full / "metrics.jsonl").read_text().splitlines()]
+    assert times == sorted(times)
+
+    # the arguments it leaves behind start the same run again, from a checkpoint in the middle of the second pass
+    interrupt(full, resumed, last_step=2)
+    config = yaml.safe_load((full / "args.yaml").read_text())
+    assert config["model"]["codebook_size"] == 16 and "hub_token" not in config
+    launch(
+        "train_softvq",
+        f"--config={full / 'args.yaml'}",
+        f"--output_dir={resumed}",
+        "--resume_from_checkpoint=latest",
+        "--checkpoints_total_limit=3",
+    )
+    assert checkpoints(resumed) == checkpoints(full)
+    assert_same_state(full, resumed)
+    assert read_metrics(resumed) == metrics
+
+
+def test_two_processes_resume_exactly(launch, tokenizer_args, tmp_path, read_metrics, assert_same_state):
+    flags = [*tokenizer_args, *GAN[:4], "--train_batch_size=2"]
+    full, resumed = tmp_path / "full", tmp_path / "resumed"
+    launch("train_softvq", *flags, f"--output_dir={full}", num_processes=2)
+    assert [line["step"] for line in read_metrics(full)] == [1, 2, 3, 3, 4, 5, 6, 6]
+
+    interrupt(full, resumed, last_step=4)
+    launch(
+        "train_softvq", *flags, f"--output_dir={resumed}", "--resume_from_checkpoint=checkpoint-4", num_processes=2
+    )
+    assert_same_state(full, resumed)
+    assert read_metrics(resumed) == read_metrics(full)
+
+
+def test_rotation_and_a_finished_run(run_main, tokenizer_args, tmp_path, assert_same_state):
+    flags = [*tokenizer_args, f"--output_dir={tmp_path / 'run'}", "--checkpoints_total_limit=2", "--report_to=none"]
+    run_main("train_softvq", *flags, "--resume_from_checkpoint=latest")  # nothing there: a fresh start
+    assert checkpoints(tmp_path / "run") == ["checkpoint-4", "checkpoint-6"]
+    assert not (tmp_path / "run/logs").exists()
+
+    # a fresh start would mix its checkpoints with these
+    with pytest.raises(ValueError, match="holds the checkpoints of an earlier run"):
+        run_main("train_softvq", *flags)
+
+    # nothing is left to train
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    run_main("train_softvq", *flags, "--resume_from_checkpoint=latest")
+    assert_same_state(tmp_path / "before", tmp_path / "run")
+
+    # a longer run goes on
+    run_main("train_softvq", *flags, "--resume_from_checkpoint=latest", "--max_train_steps=8")
+    assert checkpoints(tmp_path / "run") == ["checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "flags", "losses"),
+    [
+        ("kl", ["--reconstruction_loss=l1", "--optimizer=adam", "--mixed_precision=bf16"], {"kl"}),
+        ("vq", ["--discriminator=patchgan", "--adversarial_loss=non_saturating"], {"vq", "commit", "entropy"}),
+        ("none", ["--gradient_checkpointing", "--no_use_ema", "--lr_scheduler=cosine"], set()),
+    ],
+)
+def test_siblings(quantizer, flags, losses, run_main, tokenizer_args, tokenizer_config, tmp_path, read_metrics):
+    flags = [*tokenizer_args, *flags, "--max_train_steps=2", "--validation_steps=0", f"--output_dir={tmp_path}"]
+    run_main("train_softvq", *flags, "--model", json.dumps({**tokenizer_config, "quantizer": quantizer}))
+    assert AutoencoderSoftVQ.from_pretrained(tmp_path).config.quantizer == quantizer
+    metrics = read_metrics(tmp_path)
+    assert len(metrics) == 2 and metrics[0].keys() & {"kl", "vq", "commit", "entropy"} == losses
+
+
+def test_alignment_encoder_init_and_missing_perceptual_weights(
+    run_main, tokenizer_args, tmp_path, read_metrics, monkeypatch, caplog
+):
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, layerscale_value=1e-5
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    # no cached VGG16, and no network to fetch it from
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("offline")))
+    run_main(
+        "train_softvq",
+        *tokenizer_args,
+        f"--output_dir={tmp_path / 'run'}",
+        "--max_train_steps=2",
+        f"--alignment_teacher={tmp_path / 'dinov2'}",
+        "--alignment_patch_size=8",
+        "--alignment_hidden_size=8",
+        f"--encoder_init={tmp_path / 'dinov2'}",
+        "--perceptual_weight=1.0",
+    )
+    assert "WITHOUT the perceptual loss" in caplog.text and "VGG16" in caplog.text
+    metrics = read_metrics(tmp_path / "run")
+    assert -1 <= metrics[0]["alignment"] <= 1 and "perceptual" not in metrics[0]
+    # neither teacher nor projection is part of the result
+    names = AutoencoderSoftVQ.from_pretrained(tmp_path / "run").state_dict().keys()
+    assert not any("teacher" in name or "projection" in name for name in names)
+
+
+def test_learns_from_pretrained(run_main, tokenizer_args, tokenizer_dir, tmp_path, read_metrics):
+    """A saved tokenizer goes on, and its reconstructions get better."""
+    flags = [flag for flag in tokenizer_args if not flag.startswith("--model")]
+    run_main(
+        "train_softvq",
+        *flags,
+        f"--pretrained_model_name_or_path={tokenizer_dir}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--max_train_steps=60",
+        "--checkpointing_steps=1000",
+        "--learning_rate=5e-3",
+        "--ema_decay=0.5",
+        "--validation_steps=30",
+        "--logging_steps=20",
+    )
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in metrics if "loss" in line] == [20, 40, 60]
+    psnr = [line["validation/psnr"] for line in metrics if "validation/psnr" in line]
+    untrained = AutoencoderSoftVQ.from_pretrained(tokenizer_dir)
+    assert psnr[-1] > 10 and psnr[1] > psnr[0]
+    assert not torch.equal(
+        AutoencoderSoftVQ.from_pretrained(tmp_path / "run").quantize.embedding, untrained.quantize.embedding
+    )
+
+
+def test_loss_that_is_not_finite_stops_training(run_main, tokenizer_args, tmp_path, read_metrics):
+    with pytest.raises(FloatingPointError, match=r"loss = (nan|inf).*at step \d"):
+        run_main("train_softvq", *tokenizer_args, f"--output_dir={tmp_path}", "--learning_rate=1e30")
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path) if "loss" in line)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resolution=64", "--model={\"sample_size\": 32}"], "`--resolution` is 64"),
+        (["--model={\"latents\": 8}"], "`model` has 'latents'"),
+        (["--model=[1]"], "`--model` is"),
+        (["--model={\"num_latent_tokens\": 7, \"num_codebooks\": 2}"], "`num_latent_tokens` is 7"),
+        (["--train_batch_size=17"], "`--train_batch_size` is 17"),
+        (["--pretrained_model_name_or_path=somewhere"], "exactly one of them"),
+        (["--discriminator=resnet"], "`--discriminator` is 'resnet'"),
+        (["--discriminator=patchgan", "--adversarial_start=6"], "`--adversarial_start` is 6"),
+        (["--perceptual_weight=-1"], "`--perceptual_weight` is -1"),
+        (["--train_data_dir=/nowhere"], "`--dataset_name` is 'photographs' and `--train_data_dir`"),
+        (["--report_to=paper"], "`--report_to` is 'paper'"),
+        (["--report_to=wandb", "--hub_token=secret"], "`--hub_token`"),
+        (["--resume_from_checkpoint=checkpoint-3"], "`--resume_from_checkpoint` is 'checkpoint-3'"),
+        (["--train_split=test"], "test"),
+    ],
+)
+def test_bad_arguments_stop_before_training(flags, message, run_main, tokenizer_args, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_main("train_softvq", *tokenizer_args, f"--output_dir={tmp_path}", *flags)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_output_dir_that_cannot_be_written(run_main, tokenizer_args, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`--output_dir` is .*file/run"):
+        run_main("train_softvq", *tokenizer_args, f"--output_dir={tmp_path / 'file/run'}")
