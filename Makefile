@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := docs pipelines src tests training setup.py
 LAUNCH := $(BIN)/accelerate launch --config_file training/accelerate/one_process.yaml
 QUICKSTART := training/configs/quickstart
 
@@ -37,13 +36,13 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 quality: $(VENV)/.installed build/lib
-	$(BIN)/ruff check $(CODE)
-	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	PYTHONPATH=build/lib $(BIN)/lint-imports --no-cache --no-logo
 
 style: $(VENV)/.installed
-	$(BIN)/ruff check --fix $(CODE)
-	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-docs build/lib
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

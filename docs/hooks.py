@@ -1,7 +1,7 @@
 """MkDocs hook: show docstrings in the markup of the Hugging Face libraries as readers expect them.
 
-Those docstrings write references as [`Name`] and types as `int`, *optional*, defaults to `1`; the tables of the API pages
-have a column for defaults already.
+Those docstrings write references as [`Name`] and types as `int`, *optional*, defaults to `1`; the tables of the API
+pages have a column for defaults already.
 """
 
 import re

@@ -172,7 +172,7 @@ def load_perceptual_loss(args: SoftVQTrainingArguments) -> PerceptualLoss | None
     try:
         return PerceptualLoss(args.perceptual_trunk, dropout=args.perceptual_dropout).train()
     except PerceptualWeightsUnavailable as error:
-        logger.warning(f"Training goes on WITHOUT the perceptual loss. {error}")
+        logger.warning(f"Training goes on WITHOUT the perceptual loss. {error} (Here: `--perceptual_trunk`.)")
         return None
 
 

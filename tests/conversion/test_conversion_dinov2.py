@@ -65,7 +65,8 @@ def test_patch_projection_sees_resized_patches_alike():
     resized = resample_patch_embedding(weight, 16)
     patch = torch.randn(1, 3, 14, 14)
     bigger = F.interpolate(patch, size=(16, 16), mode="bicubic", antialias=True)
-    torch.testing.assert_close((bigger * resized).sum((1, 2, 3)), (patch * weight).sum((1, 2, 3)), atol=1e-3, rtol=1e-3)
+    actual, expected = (bigger * resized).sum((1, 2, 3)), (patch * weight).sum((1, 2, 3))
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
     assert torch.equal(resample_patch_embedding(weight, 14), weight)
 
 

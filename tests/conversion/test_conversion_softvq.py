@@ -173,7 +173,8 @@ def test_wrapped_keys_statistics_and_training_leftovers(reference):
     assert not converted.training and converted.dtype == torch.float32
     assert converted.config.shift_factor == 0.01 and converted.config.scaling_factor == pytest.approx(20.0)
     with torch.no_grad():
-        torch.testing.assert_close(converted.decode(converted.encode(inputs["image"]).latent).sample, outputs["reconstruction"], **TOLERANCE)
+        sample = converted.decode(converted.encode(inputs["image"]).latent).sample
+    torch.testing.assert_close(sample, outputs["reconstruction"], **TOLERANCE)
 
 
 def test_every_key_at_fault_is_listed(reference):

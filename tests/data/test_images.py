@@ -30,6 +30,7 @@ from softvq_hf.data.images import check_unreadable
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s at the end of every stream
 
 
 def picture(number: int, size: tuple[int, int] = (40, 32)) -> PIL.Image.Image:
@@ -131,9 +132,12 @@ def test_empty_sources(tmp_path):
     make_dataset().select([]).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="splits is empty"):
         load(tmp_path / "saved")
+    make_dataset().select([]).save_to_disk(tmp_path / "one_file", num_shards=1)
+    with pytest.raises(ValueError, match="The split 'train' of .* is empty"):
+        load(tmp_path / "one_file")
     (tmp_path / "parquet").mkdir()
     make_dataset().select([]).to_parquet(tmp_path / "parquet" / "train.parquet")
-    with pytest.raises(ValueError, match="The split 'train' of .* is empty"):
+    with pytest.raises(ValueError, match="cannot be loaded with `split` 'train'.*no data"):
         load(tmp_path / "parquet")
     with pytest.raises(ValueError, match="missing.*cannot be loaded"):
         load(tmp_path / "missing")
@@ -356,9 +360,12 @@ def test_a_missing_file_is_an_unreadable_image(tmp_path):
 
 
 def test_when_the_share_is_exceeded():
-    check_unreadable(100, 5000, 10000, 0.01)
-    with pytest.raises(UnreadableImagesError, match="101 of the 5000"):
-        check_unreadable(101, 5000, 10000, 0.01)
+    check_unreadable(100, 9000, 10000, 0.01)
+    with pytest.raises(UnreadableImagesError, match="101 of the 9000"):
+        check_unreadable(101, 9000, 10000, 0.01)
+    check_unreadable(71, 5000, 10000, 0.01)  # 50 expected, 7.1 deviation
+    with pytest.raises(UnreadableImagesError):
+        check_unreadable(72, 5000, 10000, 0.01)
     check_unreadable(4, 99, None, 0.01)
     check_unreadable(16, 1000, None, 0.01)  # 10 expected, 3.2 deviation
     with pytest.raises(UnreadableImagesError):
@@ -466,7 +473,7 @@ def test_two_processes_share_a_stream(tmp_path):
     make_parquet_stream(tmp_path / "images")
     script = tmp_path / "script.py"
     script.write_text(STREAM_ON_TWO_PROCESSES)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(
         [*torchrun, str(script), str(tmp_path / "images"), str(tmp_path)],
         check=True,

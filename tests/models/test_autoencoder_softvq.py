@@ -62,7 +62,7 @@ def transformer_parameters(width: int, layers: int, num_tokens: int, num_patches
 def test_published_sizes(encoder, decoder, num_latent_tokens, sample_size):
     size = {}
     for side, name in (("encoder", encoder), ("decoder", decoder)):
-        for key, value in zip(("hidden_size", "num_layers", "num_attention_heads"), SIDES[name]):
+        for key, value in zip(("hidden_size", "num_layers", "num_attention_heads"), SIDES[name], strict=True):
             size[f"{side}_{key}"] = value
     latent_channels = 2048 // num_latent_tokens
     with torch.device("meta"):
@@ -192,7 +192,7 @@ def test_gradient_checkpointing_keeps_the_gradients():
         output = each(pixels)
         (output.sample.square().mean() + output.entropy_loss).backward()
     assert len(calls) == 2 * len(checkpointed.encoder.blocks), "blocks are not run a second time in the backward pass"
-    for (name, expected), actual in zip(model.named_parameters(), checkpointed.parameters()):
+    for (name, expected), actual in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, msg=name)
 
 
@@ -232,7 +232,7 @@ def test_compiles_in_training():
     for each in (model, compiled):
         output = each(pixels)
         (output.sample.square().mean() + output.entropy_loss).backward()
-    for expected, actual in zip(model.parameters(), twin.parameters()):
+    for expected, actual in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, atol=1e-4, rtol=1e-3)
 
 
@@ -258,7 +258,7 @@ def test_similarities_stay_in_full_precision_under_autocast():
     expected = model.quantize(latent)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = model.quantize(latent)
-    for a, b in zip(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 

@@ -31,6 +31,11 @@ TOKENIZER = {
     "decoder_num_layers": 1,
     "decoder_num_attention_heads": 2,
 }
+ARGUMENTS = {
+    "train_softvq": "SoftVQTrainingArguments",
+    "cache_latents": "CacheLatentsArguments",
+    "train_sit": "SiTTrainingArguments",
+}
 TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 
 
@@ -95,7 +100,7 @@ def launch():
             command += ["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
             command += ["--mixed_precision=no", "--dynamo_backend=no"]
         else:
-            command += ["torch.distributed.run", f"--nproc_per_node={num_processes}", "--master_port=0"]
+            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
         command += [str(ROOT / "training" / f"{script}.py"), *map(str, flags)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
@@ -115,11 +120,8 @@ def run_main(monkeypatch):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, script, module)  # dataclasses look their module up
         spec.loader.exec_module(module)
-        arguments = next(
-            value for name, value in vars(module).items() if name.endswith("TrainingArguments") and len(name) > 17
-        )
         reset_accelerate()
-        module.main(module.parse_args(arguments, list(map(str, flags))))
+        module.main(module.parse_args(getattr(module, ARGUMENTS[script]), list(map(str, flags))))
 
     yield run
     reset_accelerate()
@@ -172,3 +174,21 @@ def assert_same_state():
                     assert torch.equal(moments[key], other["state"][index][key]), f"{path.name}: {index} {key}"
 
     return compare
+
+
+@pytest.fixture
+def run_cache_latents(run_main):
+    """Caches the latents of 16 crops of the photographs: `run_cache_latents(tokenizer_dir, latents_dir)`."""
+
+    def run(tokenizer_dir: Path, latents_dir: Path) -> None:
+        run_main(
+            "cache_latents",
+            *_flags(
+                pretrained_model_name_or_path=tokenizer_dir,
+                output_dir=latents_dir,
+                dataset_name="photographs",
+                max_train_samples=16,
+            ),
+        )
+
+    return run

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -90,9 +89,7 @@ def test_two_processes_resume_exactly(launch, tokenizer_args, tmp_path, read_met
     assert [line["step"] for line in read_metrics(full)] == [1, 2, 3, 3, 4, 5, 6, 6]
 
     interrupt(full, resumed, last_step=4)
-    launch(
-        "train_softvq", *flags, f"--output_dir={resumed}", "--resume_from_checkpoint=checkpoint-4", num_processes=2
-    )
+    launch("train_softvq", *flags, f"--output_dir={resumed}", "--resume_from_checkpoint=checkpoint-4", num_processes=2)
     assert_same_state(full, resumed)
     assert read_metrics(resumed) == read_metrics(full)
 
@@ -188,18 +185,18 @@ def test_learns_from_pretrained(run_main, tokenizer_args, tokenizer_dir, tmp_pat
 
 
 def test_loss_that_is_not_finite_stops_training(run_main, tokenizer_args, tmp_path, read_metrics):
-    with pytest.raises(FloatingPointError, match=r"loss = (nan|inf).*at step \d"):
-        run_main("train_softvq", *tokenizer_args, f"--output_dir={tmp_path}", "--learning_rate=1e30")
-    assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path) if "loss" in line)
+    with pytest.raises(FloatingPointError, match="loss = inf at step 1"):
+        run_main("train_softvq", *tokenizer_args, f"--output_dir={tmp_path}", "--reconstruction_weight=1e39")
+    assert read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--resolution=64", "--model={\"sample_size\": 32}"], "`--resolution` is 64"),
-        (["--model={\"latents\": 8}"], "`model` has 'latents'"),
+        (["--resolution=64", '--model={"sample_size": 32}'], "`--resolution` is 64"),
+        (['--model={"latents": 8}'], "`model` has 'latents'"),
         (["--model=[1]"], "`--model` is"),
-        (["--model={\"num_latent_tokens\": 7, \"num_codebooks\": 2}"], "`num_latent_tokens` is 7"),
+        (['--model={"num_latent_tokens": 7, "num_codebooks": 2}'], "`num_latent_tokens` is 7"),
         (["--train_batch_size=17"], "`--train_batch_size` is 17"),
         (["--pretrained_model_name_or_path=somewhere"], "exactly one of them"),
         (["--discriminator=resnet"], "`--discriminator` is 'resnet'"),

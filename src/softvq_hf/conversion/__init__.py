@@ -29,8 +29,8 @@ def convert_checkpoint(system: str, state_dict: Mapping[str, torch.Tensor], conf
         `ModelMixin`: [`AutoencoderSoftVQ`] or [`DiTTransformer1DModel`], float32, eval mode.
 
     Raises:
-        ValueError: If `system` is unknown, a config key is missing or its value unsupported, or keys of the weights are
-            missing, unexpected or mis-shaped; the message lists all of them.
+        ValueError: If `system` is unknown, a config key is missing or its value unsupported, or keys of the weights
+            are missing, unexpected or mis-shaped; the message lists all of them.
         TypeError: If a value of `state_dict` is not a tensor.
     """
     if system not in CONVERTERS:

@@ -28,8 +28,8 @@ def resample_position_embedding(position_embedding: torch.Tensor, grid_size: tup
 
 def resample_patch_embedding(weight: torch.Tensor, patch_size: int) -> torch.Tensor:
     """
-    Resize a patch projection by the pseudo-inverse (FlexiViT, arXiv 2212.08013, section 3.4), so that a resized patch has
-    the same inner product with the new kernel as the original patch had with the old one.
+    Resize a patch projection by the pseudo-inverse (FlexiViT, arXiv 2212.08013, section 3.4), so that a resized patch
+    has the same inner product with the new kernel as the original patch had with the old one.
 
     Args:
         weight (`torch.Tensor` of shape `(C, in_channels, p, p)`): The projection.
@@ -81,7 +81,8 @@ def load_dinov2_encoder(model: AutoencoderSoftVQ, dinov2: Dinov2Model | Dinov2Wi
     if dinov2.config.use_swiglu_ffn:
         different.append("feed-forward layers (this DINOv2 has SwiGLU ones)")
     if different:
-        raise ValueError(f"The encoder of `model` does not fit {dinov2.config.name_or_path!r}: {', '.join(different)}.")
+        name = dinov2.config.name_or_path
+        raise ValueError(f"The encoder of `model` does not fit {name!r}: {', '.join(different)}.")
 
     encoder, embeddings = model.encoder, dinov2.embeddings
     sample_size = config.sample_size
@@ -102,7 +103,7 @@ def load_dinov2_encoder(model: AutoencoderSoftVQ, dinov2: Dinov2Model | Dinov2Wi
     encoder.patch_embed.weight.copy_(resample_patch_embedding(projection.weight, config.encoder_patch_size))
     encoder.patch_embed.bias.copy_(projection.bias)
 
-    for block, layer in zip(encoder.blocks, dinov2.encoder.layer):
+    for block, layer in zip(encoder.blocks, dinov2.encoder.layer, strict=True):
         block.norm1.load_state_dict(layer.norm1.state_dict())
         block.attn.to_q.load_state_dict(layer.attention.q_proj.state_dict())
         block.attn.to_k.load_state_dict(layer.attention.k_proj.state_dict())

@@ -41,13 +41,14 @@ IGNORED_KEYS = (
 def convert_softvq(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> AutoencoderSoftVQ:
     """
     Convert an official tokenizer. Its class is told by the weights: a 3-D `quantize.embedding` is SoftVQ,
-    `quantize.embedding.weight` is VQ, a `quant_conv` of twice the latent width is KL, and neither is the plain autoencoder.
+    `quantize.embedding.weight` is VQ, a `quant_conv` of twice the latent width is KL, and neither is the plain
+    autoencoder.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): Weights under the official keys.
         config (`Mapping[str, Any]`):
-            The official flat config. Keys that only training used are ignored, optional keys take the official defaults.
-            `encoder_override` and `decoder_override` may give `embed_dim`, `depth` and `num_heads`.
+            The official flat config. Keys that only training used are ignored, optional keys take the official
+            defaults. `encoder_override` and `decoder_override` may give `embed_dim`, `depth` and `num_heads`.
 
     Returns:
         [`AutoencoderSoftVQ`]: float32, eval mode.

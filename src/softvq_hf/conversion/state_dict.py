@@ -25,8 +25,8 @@ def strip_wrapper_prefixes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
     for key, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"`state_dict[{key!r}]` is a {type(tensor).__name__}, allowed: tensors. A training file holds its weights"
-                " under a key such as 'ema' or 'model': pass that entry."
+                f"`state_dict[{key!r}]` is a {type(tensor).__name__}, allowed: tensors. A training file holds its"
+                " weights under a key such as 'ema' or 'model': pass that entry."
             )
         clean_key = re.sub(r"(^|\.)(?:(?:module|_orig_mod)\.)+", r"\1", key)
         if clean_key in stripped and not torch.equal(stripped[clean_key], tensor):
@@ -79,7 +79,7 @@ def load_official_state_dict(
         if tuple(tensor.shape) != expected_shape:
             mis_shaped.append(f"{official_key} (is {tuple(tensor.shape)}, should be {expected_shape})")
             continue
-        for key, part in zip(keys, tensor.float().split(lengths)):
+        for key, part in zip(keys, tensor.float().split(lengths), strict=True):
             converted[key] = part.contiguous()
 
     problems = [

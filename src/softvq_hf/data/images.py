@@ -189,7 +189,10 @@ class ImageDataset(Dataset):
         seed (`int`), max_unreadable_fraction (`float`): As in [`load_image_dataset`].
 
     Attributes:
-        id2label (`dict[int, str]`), num_classes (`int`), resolution (`int`), num_unreadable (`int`)
+        id2label (`dict[int, str]`): Names of the classes.
+        num_classes (`int`): Number of classes.
+        resolution (`int`): Side of the images in pixels.
+        num_unreadable (`int`): Images found unreadable so far.
     """
 
     def __init__(
@@ -293,7 +296,9 @@ class StreamingImageDataset(IterableDataset):
             [`ImageDataset`].
 
     Attributes:
-        id2label (`dict[int, str]`), num_classes (`int`), resolution (`int`)
+        id2label (`dict[int, str]`): Names of the classes.
+        num_classes (`int`): Number of classes.
+        resolution (`int`): Side of the images in pixels.
     """
 
     def __init__(

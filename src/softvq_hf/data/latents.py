@@ -264,8 +264,12 @@ class LatentDataset(Dataset):
         seed (`int`), train (`bool`): As in [`load_cached_latents`].
 
     Attributes:
-        id2label, num_classes (`int`), shift_factor, scaling_factor, tokenizer_dir, latent_shape (`tuple[int, int]`):
-        (L, C)
+        id2label (`dict[int, str]`): Names of the classes.
+        num_classes (`int`): Number of classes.
+        shift_factor (`float`): Mean of all latents.
+        scaling_factor (`float`): One over their standard deviation.
+        tokenizer_dir (`str`): Folder of the tokenizer.
+        latent_shape (`tuple[int, int]`): Tokens and channels (L, C) of a latent.
     """
 
     def __init__(

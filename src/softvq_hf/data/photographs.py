@@ -67,7 +67,9 @@ class PhotographDataset(Dataset):
         max_samples (`int`, *optional*): Use only the first crops.
 
     Attributes:
-        id2label (`dict[int, str]`), num_classes (`int`), resolution (`int`)
+        id2label (`dict[int, str]`): Names of the classes.
+        num_classes (`int`): Number of classes.
+        resolution (`int`): Side of the images in pixels.
     """
 
     def __init__(self, split: str, *, resolution: int, train: bool, seed: int = 0, max_samples: int | None = None):

@@ -1,8 +1,8 @@
 """SoftVQ-VAE: an autoencoder that turns an image into a short 1-D sequence of continuous tokens (arXiv 2412.10958).
 
-A ViT encoder carries learnable latent tokens beside the image patches; a quantizer mixes codewords into each of them; a
-ViT decoder rebuilds the pixels from mask tokens that attend to the latents. The same file holds the siblings which share
-encoder and decoder and differ in the bottleneck only: hard vector quantization, a Gaussian posterior, and none at all.
+A ViT encoder carries learnable latent tokens beside the image patches; a quantizer mixes codewords into each of them;
+a ViT decoder rebuilds the pixels from mask tokens that attend to the latents. The same file holds the siblings which
+share encoder and decoder and differ in the bottleneck only: hard vector quantization, a Gaussian posterior, and none.
 """
 
 from contextlib import nullcontext
@@ -69,7 +69,8 @@ class SoftVQEncoderOutput(BaseOutput):
             `k * L / num_codebooks + j` of image `b` and is a row of codebook `k`.
         latent_dist (`TokenGaussianDistribution`, *optional*): Posterior, "kl" only.
         entropy_loss (`torch.Tensor`, *optional*): Scalar, unweighted. "softvq" and "vq" in train mode.
-        vq_loss (`torch.Tensor`, *optional*): Scalar mean squared distance that moves the codewords. "vq" in train mode.
+        vq_loss (`torch.Tensor`, *optional*):
+            Scalar mean squared distance that moves the codewords. "vq" in train mode.
         commit_loss (`torch.Tensor`, *optional*): Scalar mean squared distance that moves the encoder, unweighted. "vq"
             in train mode.
         kl_loss (`torch.Tensor`, *optional*): Scalar divergence in nats per image, unweighted. "kl" in train mode.
@@ -206,8 +207,8 @@ class SoftVQTokenPositions(nn.Module):
     """
     Prefix tokens (class token, registers) and the learned absolute positions of the image tokens.
 
-    Without registers the position table covers the class token too; with registers it covers the image tokens alone (the
-    two DINOv2 layouts).
+    Without registers the position table covers the class token too; with registers it covers the image tokens alone
+    (the two DINOv2 layouts).
 
     Args:
         hidden_size (`int`): Width of the tokens.
@@ -224,7 +225,6 @@ class SoftVQTokenPositions(nn.Module):
             self.register_tokens = None
         num_positions = num_image_tokens if num_register_tokens > 0 else 1 + num_image_tokens
         self.position_embedding = nn.Parameter(torch.zeros(1, num_positions, hidden_size))
-        nn.init.trunc_normal_(self.position_embedding, std=0.02)
         self.num_prefix_tokens = 1 + num_register_tokens
 
     def forward(self, image_tokens: torch.Tensor) -> torch.Tensor:
@@ -242,9 +242,8 @@ class SoftVQEncoderTokens(SoftVQTokenPositions):
 
     def __init__(self, hidden_size: int, num_image_tokens: int, num_latent_tokens: int, num_register_tokens: int):
         super().__init__(hidden_size, num_image_tokens, num_register_tokens)
-        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, hidden_size) * 0.02)
+        self.latent_tokens = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
         self.latent_position_embedding = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
-        nn.init.trunc_normal_(self.latent_position_embedding, std=0.02)
 
     def forward(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """`(B, N, hidden_size)` image tokens to `(B, num_prefix_tokens + N + L, hidden_size)`."""
@@ -258,9 +257,8 @@ class SoftVQDecoderTokens(SoftVQTokenPositions):
     def __init__(self, hidden_size: int, num_image_tokens: int, num_latent_tokens: int, num_register_tokens: int):
         super().__init__(hidden_size, num_image_tokens, num_register_tokens)
         self.num_image_tokens = num_image_tokens
-        self.mask_token = nn.Parameter(torch.randn(1, 1, hidden_size) * 0.02)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.latent_position_embedding = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
-        nn.init.trunc_normal_(self.latent_position_embedding, std=0.02)
 
     def forward(self, latent_tokens: torch.Tensor) -> torch.Tensor:
         """`(B, L, hidden_size)` latent tokens to `(B, num_prefix_tokens + N + L, hidden_size)`."""
@@ -428,9 +426,10 @@ class SoftVectorQuantizer(nn.Module):
     """
     Soft categorical posterior over a product of codebooks (arXiv 2412.10958, section 3.2).
 
-    Every token becomes the mix of all codewords of its codebook, weighted by `softmax(similarity / tau)`: differentiable
-    throughout, no straight-through estimator. The token axis is cut into `num_codebooks` runs of neighbouring tokens, and
-    run k uses codebook k. The codebook learns through the mix only; its gradient through the similarities is stopped.
+    Every token becomes the mix of all codewords of its codebook, weighted by `softmax(similarity / tau)`:
+    differentiable throughout, no straight-through estimator. The token axis is cut into `num_codebooks` runs of
+    neighbouring tokens, and run k uses codebook k. The codebook learns through the mix only; its gradient through the
+    similarities is stopped.
 
     Args:
         codebook_size (`int`): Codewords per codebook, K.
@@ -567,11 +566,18 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         decoder_num_layers (`int`, *optional*, defaults to 12): Blocks of the decoder.
         decoder_num_attention_heads (`int`, *optional*, defaults to 12): Heads of the decoder; must divide its width.
         mlp_ratio (`float`, *optional*, defaults to 4.0): Width of the feed-forward layers relative to the tokens.
-        num_register_tokens (`int`, *optional*, defaults to 0): Register tokens of encoder and decoder (arXiv 2309.16588).
+        num_register_tokens (`int`, *optional*, defaults to 0):
+            Register tokens of encoder and decoder (arXiv 2309.16588).
         decoder_num_register_tokens (`int`, *optional*):
             Register tokens of the decoder where they differ from the encoder's.
         layer_scale_init_value (`float`, *optional*, defaults to 1.0):
             Initial gain of the residual branches; the published models are trained from 1e-5.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial linear weights of the blocks. Narrow models learn faster from about
+            `hidden_size ** -0.5`.
+        token_initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial position embeddings, latent tokens and mask token. From 1.0 on, short
+            trainings find out sooner which token belongs to which place.
         position_embedding_type (`str`, *optional*, defaults to `"absolute"`): Position code; `"absolute"`.
         decoder_type (`str`, *optional*, defaults to `"vit"`): Decoder; `"vit"`.
         decoder_cls_token (`bool`, *optional*, defaults to `True`): Class token in the decoder; `True`.
@@ -617,6 +623,8 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         num_register_tokens: int = 0,
         decoder_num_register_tokens: int | None = None,
         layer_scale_init_value: float = 1.0,
+        initializer_range: float = 0.02,
+        token_initializer_range: float = 0.02,
         position_embedding_type: str = "absolute",
         decoder_type: str = "vit",
         decoder_cls_token: bool = True,
@@ -654,11 +662,16 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             else decoder_num_register_tokens,
             layer_scale_init_value=layer_scale_init_value,
         )
-        # linear layers of the transformers start small; the projections below and the pixel head keep torch's default
+        # the transformers start from these widths; the projections below and the pixel head keep torch's default
         for module in (*self.encoder.blocks.modules(), *self.decoder.blocks.modules()):
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=initializer_range)
                 nn.init.zeros_(module.bias)
+        for tokens in (self.encoder.positions, self.decoder.positions):
+            nn.init.trunc_normal_(tokens.position_embedding, std=token_initializer_range)
+            nn.init.trunc_normal_(tokens.latent_position_embedding, std=token_initializer_range)
+        nn.init.normal_(self.encoder.positions.latent_tokens, std=token_initializer_range)
+        nn.init.normal_(self.decoder.positions.mask_token, std=token_initializer_range)
 
         self.quant_conv = nn.Linear(encoder_hidden_size, 2 * latent_channels if quantizer == "kl" else latent_channels)
         self.post_quant_conv = nn.Linear(latent_channels, decoder_hidden_size)
@@ -702,7 +715,7 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         for name in ("num_register_tokens", "decoder_num_register_tokens"):
             if config[name] is not None and config[name] < 0:
                 raise ValueError(f"`{name}` is {config[name]}, allowed: integers from 0 on.")
-        for name in ("tau", "mlp_ratio", "scaling_factor"):
+        for name in ("tau", "mlp_ratio", "scaling_factor", "initializer_range", "token_initializer_range"):
             if not config[name] > 0:
                 raise ValueError(f"`{name}` is {config[name]}, allowed: numbers above 0.")
 
@@ -730,7 +743,8 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         expected = (self.config.in_channels, height, width)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}, allowed: (batch, {', '.join(map(str, expected))})."
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, allowed:"
+                f" (batch, {', '.join(map(str, expected))})."
             )
         self._check_values("pixel_values", pixel_values)
 
@@ -763,8 +777,8 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
 
         Returns:
-            [`SoftVQEncoderOutput`] or, with `return_dict=False`, the tuple `(latent,)`. Latents are raw: normalise them
-            by [`AutoencoderSoftVQ.scale_latent`] before a generator sees them.
+            [`SoftVQEncoderOutput`] or, with `return_dict=False`, the tuple `(latent,)`. Latents are raw: normalise
+            them by [`AutoencoderSoftVQ.scale_latent`] before a generator sees them.
 
         Raises:
             ValueError: If `pixel_values` has another shape, an integer dtype, or values that are not finite.

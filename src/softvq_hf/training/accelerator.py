@@ -41,7 +41,7 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
         # forward would find them changed under the first one's graph.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, force=True)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     get_logger(__name__).info(accelerator.state, main_process_only=False)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (datasets, transformers, diffusers):
