@@ -325,15 +325,25 @@ def test_workers_count_together(tmp_path):
     assert dataset.num_unreadable == 3
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_too_many_unreadable_images_stop_training(tmp_path, num_workers):
+def test_too_many_unreadable_images_stop_training(tmp_path):
     make_image_folder(tmp_path, per_class=10)
     break_files(tmp_path, 0, 1, 2, 3, 4, 5)
     with pytest.raises(UnreadableImagesError, match="of 20 in the data set.*`max_unreadable_fraction` is 0.01"):
-        everything(load(tmp_path, train=True), num_workers=num_workers)
+        everything(load(tmp_path, train=True))
     with pytest.raises(UnreadableImagesError):
         everything(load(tmp_path, train=True, max_unreadable_fraction=0.25))
     assert len(everything(load(tmp_path, max_unreadable_fraction=0.3))) == 14
+
+
+def test_too_many_unreadable_images_stop_the_workers(tmp_path):
+    make_image_folder(tmp_path, per_class=10)
+    break_files(tmp_path, 0, 1, 2, 3, 4, 5)
+    message = ""
+    try:  # pytest.raises would keep the loader alive, and wait for its workers later
+        everything(load(tmp_path, train=True), num_workers=2)
+    except UnreadableImagesError as error:
+        message = str(error)
+    assert "of 20 in the data set" in message
 
 
 def test_one_unreadable_image_is_too_many_where_none_is_allowed(tmp_path):

@@ -1,6 +1,9 @@
 """`DiTTransformer1DModel` against the official SiT and DiT, and as a diffusers model: sizes, dtypes, saving, input."""
 
 import math
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ TOKENS_CONFIG = {
     "num_classes": 11,
 }
 PATCHES_CONFIG = {**TOKENS_CONFIG, "in_channels": 4, "patch_size": 2, "sample_size": 8, "qk_norm": True}
+NO_COMPILER = shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file()
 CONFIGS = pytest.mark.parametrize("config", [TOKENS_CONFIG, PATCHES_CONFIG], ids=["1d", "2d"])
 
 
@@ -438,6 +442,7 @@ def test_gradient_checkpointing(config):
             assert torch.equal(gradient, checkpointed[name]), name
 
 
+@pytest.mark.skipif(NO_COMPILER, reason="inductor needs a C++ compiler and the headers of Python")
 def test_compile_fullgraph():
     model = DiTTransformer1DModel(**{**TOKENS_CONFIG, "num_layers": 1}).eval()
     inputs = make_inputs(TOKENS_CONFIG)
