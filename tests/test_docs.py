@@ -1,5 +1,6 @@
 """What README and docs show must run: Python on tiny models, commands through the arguments of the scripts."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -44,6 +45,16 @@ def load_script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def arguments_of(script):
+    """The dataclass of arguments that a script defines."""
+    (arguments,) = (
+        value
+        for name, value in vars(script).items()
+        if name.endswith("Arguments") and value.__module__ == script.__name__
+    )
+    return arguments
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +115,17 @@ def test_shown_commands_are_understood(command, after_quickstart, monkeypatch):
     if "--config_file" in command:
         assert yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text())
     module = load_script(Path(script).stem)
-    (arguments,) = (
-        value
-        for name, value in vars(module).items()
-        if name.endswith("Arguments") and value.__module__ == module.__name__
-    )
-    args = parse_args(arguments, command[command.index(script) + 1 :])
+    args = parse_args(arguments_of(module), command[command.index(script) + 1 :])
     assert args.output_dir.startswith("outputs/")
+
+
+def test_flags_in_text_exist():
+    known = {"config", "help", "config_file", "num_processes", "logdir"}  # of the parser, accelerate and TensorBoard
+    for name in ("train_softvq", "cache_latents", "train_sit"):
+        known |= {field.name for field in dataclasses.fields(arguments_of(load_script(name)))}
+    for document in DOCUMENTS:
+        shown = set(re.findall(r"(?<![\w-])--([a-z]\w*)", document.read_text()))
+        assert shown <= known, document
 
 
 def test_custom_pipeline_never_stands_without_trust_remote_code():

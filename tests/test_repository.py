@@ -80,11 +80,16 @@ def test_models_and_schedulers_import_only_torch_diffusers_and_the_standard_libr
         assert imported <= {"torch", "diffusers"} | sys.stdlib_module_names, file
 
 
-def test_built_package_has_the_pipelines_and_the_type_marker(built_package):
+def test_built_package_is_complete(built_package):
     package = built_package / "softvq_hf"
-    assert (package / "py.typed").is_file()
-    for file in (ROOT / "pipelines").glob("*.py"):
-        assert (package / "pipelines" / file.name).read_text() == file.read_text()
+    sources = {path.relative_to(ROOT / "src/softvq_hf"): path for path in (ROOT / "src/softvq_hf").rglob("*.*")}
+    sources |= {Path("pipelines", path.name): path for path in (ROOT / "pipelines").glob("*.*")}
+    sources = {name: path for name, path in sources.items() if path.suffix != ".pyc"}
+    assert {Path("py.typed"), Path("training/templates/model_card.md"), Path("pipelines/pipeline_softvq.py")} <= set(
+        sources
+    )
+    for name, path in sources.items():
+        assert (package / name).read_bytes() == path.read_bytes()
 
 
 def test_constraints_pin_every_dependency():

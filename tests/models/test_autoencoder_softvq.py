@@ -113,8 +113,8 @@ def test_outputs(quantizer):
     model.eval()
     output = model(images())
     assert not any(key.endswith("_loss") for key in output)
-    assert isinstance(output.latent_dist, TokenGaussianDistribution) == (quantizer == "kl")
     encoded = model.encode(pixels := images())
+    assert isinstance(encoded.latent_dist, TokenGaussianDistribution) == (quantizer == "kl")
     assert torch.equal(model.encode(pixels, return_dict=False)[0], encoded.latent)
     assert torch.equal(model.decode(encoded.latent, return_dict=False)[0], model(pixels).sample)
     assert torch.equal(model(pixels, return_dict=False)[0], model(pixels).sample)
@@ -221,6 +221,14 @@ def test_compiles_into_one_graph(quantizer):
         decode = torch.compile(model.decode, fullgraph=True, backend="aot_eager")
         latent = model.encode(pixels).latent
         torch.testing.assert_close(decode(latent).sample, model.decode(latent).sample)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_exports(quantizer):
+    model = tiny_model(quantizer=quantizer).eval()
+    pixels = images(2)
+    exported = torch.export.export(model, args=(pixels,)).module()
+    torch.testing.assert_close(exported(pixels).sample, model(pixels).sample, check_stride=False)
 
 
 def test_compiles_in_training():

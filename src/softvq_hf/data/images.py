@@ -336,12 +336,12 @@ class StreamingImageDataset(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the order, the crops and the flips of epoch `epoch`."""
         self._epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)  # shared with the workers by `datasets`
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker_info = get_worker_info()
         worker = 0 if worker_info is None else worker_info.id
         epoch = int(self._epoch)
-        self.dataset.set_epoch(epoch)
         unreadable = seen = 0
         for seen, row in enumerate(self.dataset, start=1):
             try:

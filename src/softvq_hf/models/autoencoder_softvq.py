@@ -93,14 +93,13 @@ class SoftVQOutput(BaseOutput):
     Args:
         sample (`torch.Tensor` of shape `(B, in_channels, H, W)`): Reconstruction, nominally in [-1, 1], not clamped.
         latent (`torch.Tensor` of shape `(B, L, C)`): The latents that were decoded.
-        indices, latent_dist, entropy_loss, vq_loss, commit_loss, kl_loss: As in [`SoftVQEncoderOutput`].
+        indices, entropy_loss, vq_loss, commit_loss, kl_loss: As in [`SoftVQEncoderOutput`].
     """
 
     sample: torch.Tensor
     # optional, as everything after the first field: accelerate rebuilds outputs from a dict under mixed precision
     latent: torch.Tensor | None = None
     indices: torch.Tensor | None = None
-    latent_dist: TokenGaussianDistribution | None = None
     entropy_loss: torch.Tensor | None = None
     vq_loss: torch.Tensor | None = None
     commit_loss: torch.Tensor | None = None
@@ -879,7 +878,15 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
 
         if not return_dict:
             return (sample,)
-        return SoftVQOutput(**{**encoded, "latent": latent}, sample=sample)
+        return SoftVQOutput(
+            sample=sample,
+            latent=latent,
+            indices=encoded.indices,
+            entropy_loss=encoded.entropy_loss,
+            vq_loss=encoded.vq_loss,
+            commit_loss=encoded.commit_loss,
+            kl_loss=encoded.kl_loss,
+        )
 
     def scale_latent(self, latent: torch.Tensor) -> torch.Tensor:
         """Raw latents to the normalised latents that generators are trained on; any shape."""
