@@ -284,14 +284,14 @@ def main(args: SiTTrainingArguments) -> None:
 
         # An optimizer update is done
         state.step = step
+        values = mean_over_batches(values_of_step)
+        values["learning_rate"] = optimizer.param_groups[0]["lr"]
         lr_scheduler.step()
         if ema is not None:
             ema.step(plain_transformer.parameters())
 
-        values = mean_over_batches(values_of_step)
         samples = len(latents) * accelerator.num_processes * len(values_of_step)
         values["images_per_second"] = samples / (time.perf_counter() - step_started)
-        values["learning_rate"] = optimizer.param_groups[0]["lr"]
         progress.update()
         progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
         if step % args.logging_steps == 0:
@@ -317,10 +317,9 @@ def main(args: SiTTrainingArguments) -> None:
     # 5. The result: a pipeline with averaged weights, a model card, and both on the Hub
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
         card = pipeline_card(
             pipeline,
-            repo_id=repo_id if args.push_to_hub else args.output_dir,
+            repo_id=args.repo_id,
             dataset_name=args.data_source or read_metadata(args.latents_dir)["dataset"]["source"],
             training_settings=args.to_dict(),
             base_model=args.pretrained_model_name_or_path,
@@ -328,7 +327,7 @@ def main(args: SiTTrainingArguments) -> None:
         with averaged_weights(ema, plain_transformer):
             export_pipeline(pipeline, args.output_dir, card)
         if args.push_to_hub:
-            url = push_folder(repo_id, args.output_dir, token=args.hub_token, private=args.hub_private)
+            url = push_folder(args.repo_id, args.output_dir, token=args.hub_token, private=args.hub_private)
             logger.info(f"Uploaded to {url}")
     metrics.close()
 

@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
-from transformers import Dinov2Model
+from transformers import AutoModel
 
 from softvq_hf.conversion.dinov2 import load_dinov2_encoder
 from softvq_hf.data import collate_images, load_image_dataset
@@ -159,7 +159,7 @@ def build_tokenizer(args: SoftVQTrainingArguments) -> AutoencoderSoftVQ:
     if model.config.sample_size not in (args.resolution, [args.resolution] * 2, (args.resolution, args.resolution)):
         raise ValueError(f"`--resolution` is {args.resolution}, the tokenizer takes {model.config.sample_size}.")
     if args.encoder_init is not None:
-        load_dinov2_encoder(model, Dinov2Model.from_pretrained(args.encoder_init))
+        load_dinov2_encoder(model, AutoModel.from_pretrained(args.encoder_init))
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
@@ -347,15 +347,15 @@ def main(args: SoftVQTrainingArguments) -> None:
 
         # An optimizer update is done
         state.step = step
+        values = mean_over_batches(values_of_step)
+        values["learning_rate"] = optimizer.param_groups[0]["lr"]
         for lr_scheduler in lr_schedulers:
             lr_scheduler.step()
         if ema is not None:
             ema.step(plain_tokenizer.parameters())
 
-        values = mean_over_batches(values_of_step)
         images = len(pixel_values) * accelerator.num_processes * len(values_of_step)
         values["images_per_second"] = images / (time.perf_counter() - step_started)
-        values["learning_rate"] = optimizer.param_groups[0]["lr"]
         progress.update()
         progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
         if step % args.logging_steps == 0:
@@ -376,10 +376,9 @@ def main(args: SoftVQTrainingArguments) -> None:
     # 6. The result: averaged weights, a model card, and both on the Hub
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
         card = tokenizer_card(
             plain_tokenizer,
-            repo_id=repo_id if args.push_to_hub else args.output_dir,
+            repo_id=args.repo_id,
             dataset_name=args.data_source,
             evaluation_dataset=f"the {args.validation_split} split of {args.data_source}",
             training_settings=args.to_dict(),
@@ -389,7 +388,7 @@ def main(args: SoftVQTrainingArguments) -> None:
         with averaged_weights(ema, plain_tokenizer):
             export_tokenizer(plain_tokenizer, args.output_dir, card)
         if args.push_to_hub:
-            url = push_folder(repo_id, args.output_dir, token=args.hub_token, private=args.hub_private)
+            url = push_folder(args.repo_id, args.output_dir, token=args.hub_token, private=args.hub_private)
             logger.info(f"Uploaded to {url}")
     metrics.close()
 

@@ -45,6 +45,11 @@ def tokenizer_config() -> dict:
 
 
 @pytest.fixture
+def transformer_config() -> dict:
+    return dict(TRANSFORMER)
+
+
+@pytest.fixture
 def tokenizer_dir(tmp_path) -> Path:
     """A saved tokenizer with latent statistics."""
     AutoencoderSoftVQ(sample_size=32, **TOKENIZER, scaling_factor=2.0, shift_factor=0.1).save_pretrained(

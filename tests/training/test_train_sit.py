@@ -1,5 +1,6 @@
 """`training/train_sit.py`: cached and live latents, exact resumption, and the pipeline folder it writes."""
 
+import json
 import shutil
 
 import pytest
@@ -127,16 +128,15 @@ def test_bad_arguments_stop_before_training(flags, message, run_main, sit_args, 
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_transformer_that_does_not_fit_the_latents(run_main, sit_args, latents_dir, tmp_path):
-    for flags, message in [
-        (['--model={"num_tokens": 16}'], "`num_tokens` 16 .* 8 tokens of 4 channels"),
-        (['--model={"out_channels": 8}'], "`out_channels` is 8"),
-        (['--model={"num_classes": 3}'], "`num_classes` is 3"),
-        (['--model={"depth": 3}'], "`model` has 'depth'"),
-        (['--model={"class_dropout_prob": 0.0}', "--guidance_scale=2"], "`--guidance_scale` is 2"),
+def test_transformer_that_does_not_fit_the_latents(run_main, sit_args, transformer_config, latents_dir, tmp_path):
+    flags = [*sit_args, f"--latents_dir={latents_dir}", f"--output_dir={tmp_path / 'run'}", "--guidance_scale=2"]
+    for change, message in [
+        ({"num_tokens": 16}, "`num_tokens` 16 .* 8 tokens of 4 channels"),
+        ({"out_channels": 8}, "`out_channels` is 8"),
+        ({"num_classes": 3}, "`num_classes` is 3"),
+        ({"depth": 3}, "`model` has 'depth'"),
+        ({"class_dropout_prob": 0.0}, "`--guidance_scale` is 2"),
     ]:
         with pytest.raises(ValueError, match=message):
-            run_main(
-                "train_sit", *sit_args, f"--latents_dir={latents_dir}", f"--output_dir={tmp_path / 'run'}", *flags
-            )
+            run_main("train_sit", *flags, f"--model={json.dumps({**transformer_config, **change})}")
         assert not (tmp_path / "run/metrics.jsonl").exists()

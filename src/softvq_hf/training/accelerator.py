@@ -10,6 +10,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from huggingface_hub import create_repo
 
 from softvq_hf.training.arguments import TrainingArguments
 
@@ -17,6 +18,8 @@ from softvq_hf.training.arguments import TrainingArguments
 def build_accelerator(args: TrainingArguments) -> Accelerator:
     """
     An `Accelerator` whose data order can be resumed and which repeats no sample, with logging and seeds set up.
+
+    The repository on the Hub is made here, so that a missing token or right shows before training, not after it.
 
     Raises:
         ValueError: If the tracker in `args.report_to` is unknown or not installed.
@@ -53,4 +56,6 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     set_seed(args.seed)
+    if args.push_to_hub and accelerator.is_main_process:
+        create_repo(args.repo_id, token=args.hub_token, private=args.hub_private, exist_ok=True)
     return accelerator

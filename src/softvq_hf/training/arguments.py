@@ -183,6 +183,13 @@ class TrainingArguments:
         """Where the images are, as [`softvq_hf.data.load_image_dataset`] takes it."""
         return self.dataset_name if self.dataset_name is not None else self.train_data_dir
 
+    @property
+    def repo_id(self) -> str:
+        """The repository on the Hub, or the folder where nothing is uploaded: what the model card tells to load."""
+        if not self.push_to_hub:
+            return self.output_dir
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
     def dataset_options(self) -> dict[str, Any]:
         """The arguments of [`softvq_hf.data.load_image_dataset`] that training and validation images share."""
         return {
