@@ -182,6 +182,7 @@ def main(args: SiTTrainingArguments) -> None:
                 args.data_source,
                 split=args.train_split,
                 train=True,
+                center_crop=True,
                 max_samples=args.max_train_samples,
                 label_column=args.label_column,
                 **args.dataset_options(),

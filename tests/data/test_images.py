@@ -248,6 +248,22 @@ def test_draws_are_keyed_by_seed_epoch_and_index(tmp_path):
     assert torch.equal(before, fixed[3]["pixel_values"])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_generators_see_centre_crops_and_their_mirrors(tmp_path, streaming):
+    make_parquet_stream(tmp_path)
+    centre = [item["pixel_values"] for item in load(tmp_path)]
+    dataset = load(tmp_path, train=True, center_crop=True, streaming=streaming)
+    flipped = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        for item in dataset:
+            pixel_values = item["pixel_values"]
+            as_it_is = any(torch.equal(pixel_values, image) for image in centre)
+            flipped.append(not as_it_is)
+            assert as_it_is or any(torch.equal(pixel_values.flip(-1), image) for image in centre)
+    assert 0 < sum(flipped) < len(flipped)
+
+
 def test_workers_change_nothing_and_see_the_epoch(tmp_path):
     make_image_folder(tmp_path)
     dataset = load(tmp_path, train=True)

@@ -71,6 +71,7 @@ def load_image_dataset(
     seed: int = 0,
     max_unreadable_fraction: float = 0.01,
     shuffle_buffer_size: int = 1000,
+    center_crop: bool = False,
 ) -> "ImageDataset | StreamingImageDataset | PhotographDataset":
     """
     Load images as a torch dataset.
@@ -102,6 +103,8 @@ def load_image_dataset(
         max_unreadable_fraction (`float`, *optional*, defaults to 0.01): Share of unreadable images, in [0, 1], that is
             skipped with a warning; see [`ImageDataset`] for when it counts as exceeded.
         shuffle_buffer_size (`int`, *optional*, defaults to 1000): Images from which a training stream draws the next.
+        center_crop (`bool`, *optional*, defaults to `False`): With `train=True`, the ADM centre crop in place of the
+            random one, flips stay: how generators are trained on images. 'photographs' are crops already.
 
     Returns:
         [`ImageDataset`], [`StreamingImageDataset`] or [`PhotographDataset`]. Items are dictionaries of `pixel_values`
@@ -143,6 +146,7 @@ def load_image_dataset(
     options = {
         "resolution": resolution,
         "train": train,
+        "center_crop": center_crop,
         "image_column": image_column,
         "label_column": label_column,
         "id2label": id2label,
@@ -183,6 +187,7 @@ class ImageDataset(Dataset):
         dataset (`datasets.Dataset`): With an undecoded image column.
         resolution (`int`): Side R of the images in pixels.
         train (`bool`): Random crops and flips, or the centre crop.
+        center_crop (`bool`): With `train`, flips only.
         image_column (`str`), label_column (`str`, *optional*): Columns.
         id2label (`dict[int, str]`): Names of the classes.
         label_ids (`dict[str, int]`, *optional*): Ids of string labels.
@@ -201,6 +206,7 @@ class ImageDataset(Dataset):
         *,
         resolution: int,
         train: bool,
+        center_crop: bool,
         image_column: str,
         label_column: str | None,
         id2label: dict[int, str],
@@ -211,6 +217,7 @@ class ImageDataset(Dataset):
         self.dataset = dataset
         self.resolution = resolution
         self.train = train
+        self.center_crop = center_crop
         self.image_column = image_column
         self.label_column = label_column
         self.id2label = id2label
@@ -252,7 +259,10 @@ class ImageDataset(Dataset):
             image, row = self._read(candidate)
             if image is not None:
                 generator = np.random.default_rng([self.seed, int(self._epoch), index])
-                image = adm_random_crop(image, self.resolution, generator)
+                if self.center_crop:
+                    image = adm_center_crop(image, self.resolution)
+                else:
+                    image = adm_random_crop(image, self.resolution, generator)
                 pixel_values = to_pixel_values(random_horizontal_flip(image, generator))
                 return {"pixel_values": pixel_values, **_label_and_id(row, candidate, self)}
         raise UnreadableImagesError(f"None of the {len(self)} images can be read.")
@@ -292,8 +302,8 @@ class StreamingImageDataset(IterableDataset):
     Args:
         dataset (`datasets.IterableDataset`): With an undecoded image column.
         shuffle_buffer_size (`int`): Images in the buffer.
-        resolution, train, image_column, label_column, id2label, label_ids, seed, max_unreadable_fraction: As in
-            [`ImageDataset`].
+        resolution, train, center_crop, image_column, label_column, id2label, label_ids, seed,
+        max_unreadable_fraction: As in [`ImageDataset`].
 
     Attributes:
         id2label (`dict[int, str]`): Names of the classes.
@@ -308,6 +318,7 @@ class StreamingImageDataset(IterableDataset):
         shuffle_buffer_size: int,
         resolution: int,
         train: bool,
+        center_crop: bool,
         image_column: str,
         label_column: str | None,
         id2label: dict[int, str],
@@ -324,6 +335,7 @@ class StreamingImageDataset(IterableDataset):
         self.dataset = dataset
         self.resolution = resolution
         self.train = train
+        self.center_crop = center_crop
         self.image_column = image_column
         self.label_column = label_column
         self.id2label = id2label
@@ -353,7 +365,10 @@ class StreamingImageDataset(IterableDataset):
                 continue
             if self.train:
                 generator = np.random.default_rng([self.seed, epoch, self.rank, worker, seen])
-                image = adm_random_crop(image, self.resolution, generator)
+                if self.center_crop:
+                    image = adm_center_crop(image, self.resolution)
+                else:
+                    image = adm_random_crop(image, self.resolution, generator)
                 image = random_horizontal_flip(image, generator)
             else:
                 image = adm_center_crop(image, self.resolution)
