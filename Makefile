@@ -21,7 +21,9 @@ help:
 	@echo "make docs         build the documentation into site/"
 	@echo "make clean        remove what the commands above have made, except .venv and outputs/"
 
+# Threads that spin for a moment only: beside another busy program they would cost ten times their share.
 quickstart: export OMP_NUM_THREADS ?= $(CORES)
+quickstart: export GOMP_SPINCOUNT ?= 20000
 quickstart: $(VENV)/.installed
 	@echo "[1/4] Train a SoftVQ tokenizer"
 	$(LAUNCH) training/train_softvq.py --config $(QUICKSTART)/softvq.yaml

@@ -241,6 +241,14 @@ class SoftVQPipeline(DiffusionPipeline):
                 f"`scheduler` is a {self.scheduler.__class__.__name__}, allowed: `DDPMScheduler` and the like, since "
                 "the transformer predicts a noise and its variance (`out_channels` is twice `in_channels`)."
             )
+        vae_config = self.vae.config
+        if "num_latent_tokens" in vae_config and output_type != "latent":
+            decoded_shape = (vae_config.num_latent_tokens, vae_config.latent_channels)
+            if self.latent_shape != decoded_shape:
+                raise ValueError(
+                    f"`transformer` makes latents of shape {self.latent_shape}, allowed: {decoded_shape}, which `vae` "
+                    "decodes."
+                )
         if batch_size == 0:
             raise ValueError("`class_labels` is empty, allowed: at least one label.")
 

@@ -12,6 +12,7 @@ with as many processes as you like. At the end, mean and standard deviation of a
 
 import logging
 import os
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,7 @@ def main(args: CacheLatentsArguments) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     tokenizer.to(accelerator.device).eval()
+    started = time.perf_counter()
     no_latent = np.empty((0, tokenizer.config.num_latent_tokens, tokenizer.config.latent_channels), np.float32)
     progress = tqdm(
         total=sum(len(indices) for _, indices in batches),
@@ -232,6 +234,7 @@ def main(args: CacheLatentsArguments) -> None:
             latent, latent_flip, label, image_id, unreadable = [], [], [], [], []
     progress.close()
     accelerator.wait_for_everyone()
+    seconds = time.perf_counter() - started
 
     # 3. The statistics, and the tokenizer that carries them
     if accelerator.is_main_process:
@@ -258,7 +261,9 @@ def main(args: CacheLatentsArguments) -> None:
             )
         tokenizer.save_pretrained(Path(args.output_dir, TOKENIZER_FOLDER))
         measured = {**asdict(statistics), "std": statistics.std}
-        write_metadata(args.output_dir, {**plan, "statistics": measured, "unreadable": unreadable})
+        if not missing:  # everything was there: keep the time it took
+            seconds = read_metadata(args.output_dir).get("seconds", seconds)
+        write_metadata(args.output_dir, {**plan, "statistics": measured, "unreadable": unreadable, "seconds": seconds})
         logger.info(
             f"{len(dataset) - len(unreadable)} images and their mirror images are in {args.output_dir},"
             f" {len(unreadable)} could not be read"

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from softvq_hf.data import collate_images, load_image_dataset
+from softvq_hf.data.latents import read_metadata
 from softvq_hf.training.logging import METRICS_FILE
 from softvq_hf.training.validation import evaluate_reconstruction, image_grid, reconstruction_grid
 
@@ -155,6 +156,7 @@ def main(configs: Path) -> None:
     num_latent_values, num_pixel_values = num_tokens * num_channels, originals[0].numel()
     tokenizer_steps, tokenizer_seconds = tokenizer_metrics[-1]["step"], tokenizer_metrics[-1]["time"]
     generator_steps, generator_seconds = generator_metrics[-1]["step"], generator_metrics[-1]["time"]
+    latents = read_metadata(generator_args["latents_dir"])
     report = f"""# Quickstart report
 
 Images of {vae.config.sample_size} pixels, tokenizer of {vae.num_parameters() / 1e6:.1f}M parameters, generator of
@@ -184,6 +186,7 @@ thumbnail (bicubic down, bicubic up) is what the same amount of numbers gives wi
 | stage | | seconds |
 |---|---|---|
 | train the tokenizer | {tokenizer_steps} steps | {tokenizer_seconds:.0f} |
+| cache the latents | {latents["num_images"]} images and their mirror images | {latents["seconds"]:.0f} |
 | train the generator | {generator_steps} steps | {generator_seconds:.0f} |
 | encode and decode | {len(dataset)} images | {reconstruction_seconds:.1f} |
 | generate | {len(images)} images | {sampling_seconds:.1f} |

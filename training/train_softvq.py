@@ -190,13 +190,19 @@ def main(args: SoftVQTrainingArguments) -> None:
             args.data_source, split=args.train_split, train=True, max_samples=args.max_train_samples, **options
         )
         if args.validation_steps > 0:
-            validation_dataset = load_image_dataset(
-                args.data_source,
-                split=args.validation_split,
-                train=False,
-                max_samples=args.max_validation_samples,
-                **options,
-            )
+            try:
+                validation_dataset = load_image_dataset(
+                    args.data_source,
+                    split=args.validation_split,
+                    train=False,
+                    max_samples=args.max_validation_samples,
+                    **options,
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"No validation images: {error} `--validation_split` names another split, `--validation_steps 0`"
+                    " trains without."
+                ) from error
     check_dataset_size(train_dataset, args.train_batch_size, accelerator.num_processes)
     loader_options = {
         "batch_size": args.train_batch_size,
@@ -210,13 +216,15 @@ def main(args: SoftVQTrainingArguments) -> None:
         validation_dataloader = prepare_dataloader(accelerator, DataLoader(validation_dataset, **loader_options))
 
     # 2. The tokenizer and what judges it: perceptual loss, discriminator, alignment to a teacher
-    tokenizer = build_tokenizer(args)
-    perceptual_loss = load_perceptual_loss(args)
+    teacher = alignment_loss = None
+    with accelerator.local_main_process_first():  # one process of a machine downloads
+        tokenizer = build_tokenizer(args)
+        perceptual_loss = load_perceptual_loss(args)
+        if args.alignment_teacher is not None:
+            teacher = load_teacher(args.alignment_teacher, args.resolution, args.alignment_patch_size).to(device)
     discriminator = None if args.discriminator == "none" else build_discriminator(args.discriminator)
     lecam = LeCAMRegularizer().to(device) if discriminator is not None and args.lecam_weight > 0 else None
-    teacher = alignment_loss = None
-    if args.alignment_teacher is not None:
-        teacher = load_teacher(args.alignment_teacher, args.resolution, args.alignment_patch_size).to(device)
+    if teacher is not None:
         alignment_loss = AlignmentLoss(
             tokenizer.config.latent_channels, teacher.hidden_size, args.alignment_hidden_size, args.alignment_mode
         )

@@ -194,6 +194,18 @@ def test_every_key_at_fault_is_listed(reference):
 
 
 @pytest.mark.parametrize(
+    "name", ["softvq_tokenizer", "softvq_tokenizer_kl", "softvq_tokenizer_vq", "softvq_tokenizer_ae"]
+)
+def test_no_key_can_be_missing(reference, name):
+    *_, config, weights = reference(name)
+    for key in weights:
+        if key.startswith("decoder.model.patch_embed") or key == "quantize.codebook_used":
+            continue  # training left them behind, nothing uses them
+        with pytest.raises(ValueError, match=key.removesuffix(".weight")):
+            convert_softvq({other: tensor for other, tensor in weights.items() if other != key}, config)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"image_size": None}, "lacks image_size"),

@@ -513,6 +513,18 @@ def test_guidance_needs_a_null_class(tiny_pipeline):
         pipeline([0, 1], guidance_scale=1.5)
 
 
+def test_latents_that_the_tokenizer_cannot_decode(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    other = {**pipeline.transformer.config, "num_tokens": 7}
+    pipeline.transformer = type(pipeline.transformer).from_config(other).eval()
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=r"latents of shape \(7, 6\), allowed: \(10, 6\), which `vae` decodes"):
+        pipeline([0])
+    assert not calls
+    assert pipeline([0], num_inference_steps=1, output_type="latent").images.shape == (1, 7, 6)
+
+
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), StochasticInterpolantScheduler()])
 def test_flow_schedulers_refuse_a_learned_variance(tiny_pipeline, scheduler):
     pipeline = tiny_pipeline(scheduler, out_channels=12)

@@ -116,6 +116,17 @@ def test_checkpoint_of_another_kind_of_run(accelerator_states, tmp_path):
         load_checkpoint(accelerator, tmp_path / "checkpoint-1", TrainerState(), **{**others, "ema": None})
 
 
+def test_checkpoint_of_another_model(accelerator_states, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    save_checkpoint(accelerator, tmp_path, TrainerState(step=1))
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    save_checkpoint(accelerator, tmp_path, TrainerState(step=2))
+    accelerator.free_memory()
+    accelerator.prepare(torch.nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds other models(.|\n)*size mismatch"):
+        load_checkpoint(accelerator, tmp_path / "checkpoint-2", TrainerState())
+
+
 class Numbers(Dataset):
     """Items are (epoch, index)."""
 

@@ -82,6 +82,8 @@ def convert_softvq(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
         quantizer = "kl"
     else:
         quantizer = "none"
+    if quantizer in ("kl", "none") and any(key.startswith("quantize.") for key in state_dict):
+        raise ValueError("`state_dict` fits no tokenizer: 1 missing: quantize.embedding, whose buffers are there.")
 
     encoder_size, num_register_tokens = _backbone_size(config, "encoder")
     decoder_size, decoder_num_register_tokens = _backbone_size(config, "decoder")

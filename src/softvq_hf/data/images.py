@@ -302,8 +302,8 @@ class StreamingImageDataset(IterableDataset):
     Args:
         dataset (`datasets.IterableDataset`): With an undecoded image column.
         shuffle_buffer_size (`int`): Images in the buffer.
-        resolution, train, center_crop, image_column, label_column, id2label, label_ids, seed,
-        max_unreadable_fraction: As in [`ImageDataset`].
+        resolution, train, center_crop, image_column, label_column: As in [`ImageDataset`].
+        id2label, label_ids, seed, max_unreadable_fraction: As in [`ImageDataset`].
 
     Attributes:
         id2label (`dict[int, str]`): Names of the classes.

@@ -5,6 +5,7 @@ a ViT decoder rebuilds the pixels from mask tokens that attend to the latents. T
 share encoder and decoder and differ in the bottleneck only: hard vector quantization, a Gaussian posterior, and none.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -169,7 +170,7 @@ class SoftVQLayerScale(nn.Module):
 
     def __init__(self, hidden_size: int, init_value: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((hidden_size,), init_value))
+        self.weight = nn.Parameter(torch.full((hidden_size,), float(init_value)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * self.weight
@@ -698,7 +699,7 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             if config[name] not in values:
                 raise ValueError(f"`{name}` is {config[name]!r}, allowed: {', '.join(map(repr, values))}.")
 
-        sizes = 2 * (config.sample_size,) if isinstance(config.sample_size, int) else tuple(config.sample_size)
+        sizes = config.sample_size if isinstance(config.sample_size, (list, tuple)) else 2 * (config.sample_size,)
         if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(
                 f"`sample_size` is {config.sample_size!r}, allowed: a positive integer or [height, width]."
@@ -709,14 +710,17 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
                 f"{side}_{x}" for x in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")
             )
         for name in positive:
-            if not isinstance(config[name], int) or config[name] < 1:
+            if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < 1:
                 raise ValueError(f"`{name}` is {config[name]!r}, allowed: integers from 1 on.")
         for name in ("num_register_tokens", "decoder_num_register_tokens"):
-            if config[name] is not None and config[name] < 0:
+            if config[name] is not None and (not isinstance(config[name], int) or config[name] < 0):
                 raise ValueError(f"`{name}` is {config[name]}, allowed: integers from 0 on.")
         for name in ("tau", "mlp_ratio", "scaling_factor", "initializer_range", "token_initializer_range"):
-            if not config[name] > 0:
-                raise ValueError(f"`{name}` is {config[name]}, allowed: numbers above 0.")
+            if not isinstance(config[name], (int, float)) or not 0 < config[name] < math.inf:
+                raise ValueError(f"`{name}` is {config[name]!r}, allowed: finite numbers above 0.")
+        for name in ("shift_factor", "layer_scale_init_value"):
+            if not isinstance(config[name], (int, float)) or not math.isfinite(config[name]):
+                raise ValueError(f"`{name}` is {config[name]!r}, allowed: finite numbers.")
 
         for side in ("encoder", "decoder"):
             patch_size = config[f"{side}_patch_size"]
@@ -745,7 +749,7 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, allowed:"
                 f" (batch, {', '.join(map(str, expected))})."
             )
-        self._check_values("pixel_values", pixel_values)
+        self._check_values("pixel_values", pixel_values, self.encoder.positions.latent_tokens.dtype)
 
     def _check_latent(self, latent: torch.Tensor) -> None:
         expected = (self.config.num_latent_tokens, self.config.latent_channels)
@@ -753,11 +757,15 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             raise ValueError(
                 f"`latent` has shape {tuple(latent.shape)}, allowed: (batch, {', '.join(map(str, expected))})."
             )
-        self._check_values("latent", latent)
+        self._check_values("latent", latent, self.decoder.positions.mask_token.dtype)
 
-    def _check_values(self, name: str, tensor: torch.Tensor) -> None:
+    def _check_values(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}` has dtype {tensor.dtype}, allowed: floating-point dtypes.")
+        if tensor.dtype != dtype and not (
+            tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+        ):
+            raise ValueError(f"`{name}` has dtype {tensor.dtype}, allowed: {dtype}, the dtype of the model.")
         # Reading the verdict back would break a compiled graph, and would stall an accelerator in every training step.
         if torch.compiler.is_compiling() or (self.training and tensor.device.type != "cpu"):
             return

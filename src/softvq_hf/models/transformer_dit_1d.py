@@ -336,6 +336,12 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             )
         if not hidden_states.is_floating_point():
             raise TypeError(f"`hidden_states` must be of a floating point dtype, but is {hidden_states.dtype}.")
+        device_type = hidden_states.device.type
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        if hidden_states.dtype != self.pos_embed.dtype and not autocast:
+            raise TypeError(
+                f"`hidden_states` must be of the model's dtype {self.pos_embed.dtype}, but is {hidden_states.dtype}."
+            )
 
         batch_size = hidden_states.shape[0]
         if torch.is_tensor(timestep) and timestep.ndim != 0 and tuple(timestep.shape) != (batch_size,):
@@ -418,7 +424,7 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         Raises:
             ValueError: If a shape does not fit the config or the other arguments, a label is out of range (CPU), or
                 `force_drop_ids` is given to a model without a null class.
-            TypeError: If `hidden_states` is not floating point or `class_labels` is not an integer tensor.
+            TypeError: If `hidden_states` is not of the model's dtype or `class_labels` is not an integer tensor.
         """
         self.check_inputs(hidden_states, timestep, class_labels, force_drop_ids)
         batch_size = hidden_states.shape[0]

@@ -157,7 +157,7 @@ def load_checkpoint(
     Load what [`save_checkpoint`] wrote into the same objects, given in the same order.
 
     Raises:
-        ValueError: If the checkpoint was written by a run with other parts (averaged weights, schedules).
+        ValueError: If the checkpoint was written by a run with other parts (averaged weights, schedules) or models.
     """
     path = Path(path)
     trainer_state = json.loads((path / STATE_FILE).read_text())
@@ -174,7 +174,13 @@ def load_checkpoint(
     if saved != wanted:
         raise ValueError(f"`--resume_from_checkpoint` {path} was written with {saved}, this run has {wanted}.")
 
-    accelerator.load_state(path)
+    try:
+        accelerator.load_state(path)
+    except RuntimeError as error:  # torch's word for weights of other names or shapes
+        raise ValueError(
+            f"`--resume_from_checkpoint` {path} holds other models than this run builds. Train the new model in"
+            f" another `--output_dir`, or remove the old one. {error}"
+        ) from error
     for scheduler, scheduler_state in zip(lr_schedulers, trainer_state["lr_schedulers"], strict=True):
         scheduler.load_state_dict(scheduler_state)
     for name, module in (buffers or {}).items():
