@@ -37,43 +37,24 @@ from softvq_hf.data.latents import (
     write_metadata,
 )
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
-from softvq_hf.training.arguments import check_output_dir, parse_args
+from softvq_hf.training.arguments import DataArguments, check_output_dir, parse_args
 
 
 logger = get_logger(__name__)
 
 
-@dataclass
-class CacheLatentsArguments:
-    """Arguments of this script."""
+@dataclass(kw_only=True)
+class CacheLatentsArguments(DataArguments):
+    """Arguments of this script besides those on where the images are."""
 
     pretrained_model_name_or_path: str = field(metadata={"help": "Tokenizer: a folder or a Hub id."})
     output_dir: str = field(metadata={"help": "Folder for the latents."})
     subfolder: str | None = field(default=None, metadata={"help": "Folder of the tokenizer inside its repository."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset id on the Hub (e.g. ILSVRC/imagenet-1k), or 'photographs' for the built-in set."},
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    train_data_dir: str | None = field(
-        default=None, metadata={"help": "Local folder: images, parquet files, or a saved `datasets` dataset."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of the Hub dataset."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps downloads."})
-    train_split: str = field(default="train", metadata={"help": "Split to encode."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the class labels."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Encode only this many images, spread evenly over the data set."}
-    )
-    max_unreadable_fraction: float = field(
-        default=0.01, metadata={"help": "Share of unreadable images that is left out; with more of them, stop."}
-    )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; by default what the tokenizer takes."}
     )
     batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Loader processes; 0 loads in the main one."})
     mixed_precision: str = field(
         default="no", metadata={"help": "Autocast dtype of the encoder.", "choices": ["no", "fp16", "bf16"]}
     )
@@ -83,17 +64,11 @@ class CacheLatentsArguments:
     shard_size: int = field(default=4096, metadata={"help": "Images per shard."})
 
     def __post_init__(self) -> None:
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ValueError(
-                f"`--dataset_name` is {self.dataset_name!r} and `--train_data_dir` is {self.train_data_dir!r},"
-                " allowed: exactly one of them."
-            )
-        if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
-            raise ValueError(f"`--train_data_dir` is {self.train_data_dir!r}, allowed: a folder that exists.")
+        super().__post_init__()
+        if self.data_source is None:
+            raise ValueError("Neither `--dataset_name` nor `--train_data_dir` is given, one of them is needed.")
         if self.batch_size < 1:
             raise ValueError(f"`--batch_size` is {self.batch_size}, allowed: integers from 1 on.")
-        if self.dataloader_num_workers < 0:
-            raise ValueError(f"`--dataloader_num_workers` is {self.dataloader_num_workers}, allowed: 0 or more.")
         if not 1 <= self.shard_size <= 65536:
             raise ValueError(f"`--shard_size` is {self.shard_size}, allowed: 1 to 65536.")
 
@@ -145,7 +120,7 @@ def main(args: CacheLatentsArguments) -> None:
         )
     with accelerator.main_process_first():
         dataset = load_image_dataset(
-            args.dataset_name or args.train_data_dir,
+            args.data_source,
             split=args.train_split,
             resolution=resolution,
             train=False,

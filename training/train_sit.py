@@ -52,7 +52,7 @@ from softvq_hf.training.validation import averaged_weights, image_grid
 logger = get_logger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SiTTrainingArguments(TrainingArguments):
     """Arguments of this script besides the common ones: the transformer, its latents and its samples."""
 

@@ -63,7 +63,7 @@ from softvq_hf.training.validation import averaged_weights, evaluate_reconstruct
 logger = get_logger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SoftVQTrainingArguments(TrainingArguments):
     """Arguments of this script besides the common ones: the tokenizer and the weights of its losses."""
 

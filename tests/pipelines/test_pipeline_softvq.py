@@ -323,7 +323,8 @@ def test_save_and_load(tiny_pipeline, tmp_path):
         pipe(["goldfish"], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
         for pipe in (pipeline, loaded)
     ]
-    np.testing.assert_array_equal(*images)
+    # weights mapped from a file may lie at another alignment, which changes the last bit on some processors
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-6)
 
 
 # Callbacks and progress

@@ -237,7 +237,7 @@ def test_unreadable_images_are_left_out(run_script, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"dataset_name": None}, "exactly one of them"),
+        ({"dataset_name": None}, "Neither `--dataset_name` nor `--train_data_dir`"),
         ({"train_data_dir": "no/such/folder", "dataset_name": None}, "`--train_data_dir` is 'no/such/folder'"),
         ({"resolution": 64}, "`--resolution` is 64 .*32 x 32"),
         ({"batch_size": 0}, "`--batch_size` is 0"),

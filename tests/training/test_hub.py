@@ -281,7 +281,7 @@ def test_push_and_load_from_the_hub(exported, hub, tmp_path):
         tmp_path,
         HF_ENDPOINT=hub.address,
     )
-    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), exported)
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), exported, rtol=0, atol=1e-6)
 
     # Plain diffusers runs the code in the repository, and asks for the flag.
     run_python(
@@ -303,7 +303,7 @@ assert "diffusers_modules" in type(pipeline).__module__
         tmp_path,
         HF_ENDPOINT=hub.address,
     )
-    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), exported)
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), exported, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -324,7 +324,7 @@ def test_load_weights_only_repository(tiny_pipeline, exported, hub, tmp_path):
         tmp_path,
         HF_ENDPOINT=hub.address,
     )
-    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), exported)
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), exported, rtol=0, atol=1e-6)
 
 
 def test_push_refuses_what_is_no_model_folder(tmp_path):

@@ -259,11 +259,7 @@ class ImageDataset(Dataset):
             image, row = self._read(candidate)
             if image is not None:
                 generator = np.random.default_rng([self.seed, int(self._epoch), index])
-                if self.center_crop:
-                    image = adm_center_crop(image, self.resolution)
-                else:
-                    image = adm_random_crop(image, self.resolution, generator)
-                pixel_values = to_pixel_values(random_horizontal_flip(image, generator))
+                pixel_values = to_pixel_values(_augment(image, self, generator))
                 return {"pixel_values": pixel_values, **_label_and_id(row, candidate, self)}
         raise UnreadableImagesError(f"None of the {len(self)} images can be read.")
 
@@ -365,11 +361,7 @@ class StreamingImageDataset(IterableDataset):
                 continue
             if self.train:
                 generator = np.random.default_rng([self.seed, epoch, self.rank, worker, seen])
-                if self.center_crop:
-                    image = adm_center_crop(image, self.resolution)
-                else:
-                    image = adm_random_crop(image, self.resolution, generator)
-                image = random_horizontal_flip(image, generator)
+                image = _augment(image, self, generator)
             else:
                 image = adm_center_crop(image, self.resolution)
             yield {"pixel_values": to_pixel_values(image), **_label_and_id(row, seen - 1, self)}
@@ -563,6 +555,17 @@ def _image_id(value: dict[str, Any] | None, index: int) -> str | int:
         return index
     # class folder and file name tell which image it is, wherever the data set lies
     return "/".join(Path(path).parts[-2:])
+
+
+def _augment(
+    image: PIL.Image.Image, dataset: ImageDataset | StreamingImageDataset, generator: np.random.Generator
+) -> PIL.Image.Image:
+    """The crop of a training image, mirrored with probability 1/2."""
+    if dataset.center_crop:
+        image = adm_center_crop(image, dataset.resolution)
+    else:
+        image = adm_random_crop(image, dataset.resolution, generator)
+    return random_horizontal_flip(image, generator)
 
 
 def _label_and_id(row: dict[str, Any], index: int, dataset: ImageDataset | StreamingImageDataset) -> dict[str, Any]:

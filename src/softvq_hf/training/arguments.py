@@ -24,17 +24,10 @@ from transformers import HfArgumentParser
 T = TypeVar("T")
 
 
-@dataclass
-class TrainingArguments:
-    """
-    What all training scripts take. `__post_init__` raises `ValueError` for values that cannot work.
+@dataclass(kw_only=True)
+class DataArguments:
+    """Where the images are: what all scripts that read images take. `__post_init__` checks the values."""
 
-    A "step" is one optimizer update everywhere: in `max_train_steps`, in the names of checkpoints and in logs.
-    """
-
-    output_dir: str = field(metadata={"help": "Folder for the result, checkpoints, metrics and pictures."})
-
-    # data
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Dataset id on the Hub (e.g. ILSVRC/imagenet-1k), or 'photographs' for the built-in set."},
@@ -45,16 +38,51 @@ class TrainingArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of the Hub dataset."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps downloads."})
-    streaming: bool = field(default=False, metadata={"help": "Stream the dataset. Needs --max_train_steps."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    train_split: str = field(default="train", metadata={"help": "Split to take images from."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on only this many images."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only this many images, spread evenly over the data set."}
+    )
     max_unreadable_fraction: float = field(
         default=0.01, metadata={"help": "Share of unreadable images that is skipped; with more of them, stop."}
     )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Loader processes; 0 loads in the main one."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError(
+                f"`--dataset_name` is {self.dataset_name!r} and `--train_data_dir` is {self.train_data_dir!r},"
+                " allowed: one of them."
+            )
+        if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
+            raise ValueError(f"`--train_data_dir` is {self.train_data_dir!r}, allowed: a folder that exists.")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(f"`--max_train_samples` is {self.max_train_samples}, allowed: integers from 1 on.")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(
+                f"`--dataloader_num_workers` is {self.dataloader_num_workers}, allowed: integers from 0 on."
+            )
+
+    @property
+    def data_source(self) -> str | None:
+        """Where the images are, as [`softvq_hf.data.load_image_dataset`] takes it."""
+        return self.dataset_name if self.dataset_name is not None else self.train_data_dir
+
+
+@dataclass(kw_only=True)
+class TrainingArguments(DataArguments):
+    """
+    What all training scripts take. `__post_init__` raises `ValueError` for values that cannot work.
+
+    A "step" is one optimizer update everywhere: in `max_train_steps`, in the names of checkpoints and in logs.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder for the result, checkpoints, metrics and pictures."})
+
+    # batches
+    streaming: bool = field(default=False, metadata={"help": "Stream the dataset. Needs --max_train_steps."})
     resolution: int = field(default=256, metadata={"help": "Side of the square training images in pixels."})
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and forward pass."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Loader processes; 0 loads in the main one."})
 
     # optimization
     max_train_steps: int | None = field(default=None, metadata={"help": "Optimizer updates in all."})
@@ -126,15 +154,15 @@ class TrainingArguments:
     hub_private: bool = field(default=False, metadata={"help": "Create the repository as a private one."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             *("resolution", "train_batch_size", "max_train_steps", "num_train_epochs", "gradient_accumulation_steps"),
             *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "lr_base_batch_size"),
-            *("max_train_samples",),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`--{name}` is {value}, allowed: integers from 1 on.")
-        for name in ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "seed"):
+        for name in ("lr_warmup_steps", "validation_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 0 on.")
         for name in ("lr_warmup_start", "min_lr", "adam_weight_decay", "max_grad_norm"):
@@ -150,13 +178,6 @@ class TrainingArguments:
             raise ValueError("Neither `--max_train_steps` nor `--num_train_epochs` is given, one of them is needed.")
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`--streaming` needs `--max_train_steps`: the length of a stream is not known.")
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise ValueError(
-                f"`--dataset_name` is {self.dataset_name!r} and `--train_data_dir` is {self.train_data_dir!r},"
-                " allowed: one of them."
-            )
-        if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
-            raise ValueError(f"`--train_data_dir` is {self.train_data_dir!r}, allowed: a folder that exists.")
         if self.max_train_steps is not None and self.lr_warmup_steps > self.max_train_steps:
             raise ValueError(
                 f"`--lr_warmup_steps` is {self.lr_warmup_steps}, allowed: up to `--max_train_steps`"
@@ -177,11 +198,6 @@ class TrainingArguments:
                 "`--hub_token` together with `--report_to wandb` would show the token in the tracked configuration:"
                 " log in with `hf auth login` instead."
             )
-
-    @property
-    def data_source(self) -> str | None:
-        """Where the images are, as [`softvq_hf.data.load_image_dataset`] takes it."""
-        return self.dataset_name if self.dataset_name is not None else self.train_data_dir
 
     @property
     def repo_id(self) -> str:
