@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 
-from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ, TokenGaussianDistribution
+from softvq_hf.models.autoencoder_softvq import (
+    AutoencoderSoftVQ,
+    SoftVQRotaryEmbedding,
+    TokenGaussianDistribution,
+    apply_rotary_embedding,
+    resample_position_embedding,
+)
 
 
 TINY = {
@@ -25,11 +31,32 @@ TINY = {
     "layer_scale_init_value": 0.5,
 }
 QUANTIZERS = ["softvq", "vq", "kl", "none"]
+# what MAETok adds, and the parts that no released model has
+VARIANTS = {
+    "maetok": {
+        "quantizer": "none",
+        "position_embedding_type": "rope_mixed",
+        "encoder_mask_token": True,
+        "decoder_type": "movq",
+        "decoder_cls_token": False,
+    },
+    "axial": {"position_embedding_type": "rope_axial", "pixel_head": "conv", "num_register_tokens": 2},
+    "swiglu": {"encoder_activation_fn": "swiglu", "decoder_activation_fn": "swiglu", "decoder_cls_token": False},
+    "siren": {"sample_size": 16, "decoder_patch_size": 4, "pixel_head": "siren", "quantizer": "kl"},
+}
 SIDES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
 
 def tiny_model(**changes) -> AutoencoderSoftVQ:
-    return AutoencoderSoftVQ(**TINY | changes)
+    model = AutoencoderSoftVQ(**TINY | changes)
+    for name, module in model.named_modules():
+        if name.endswith("modulation"):  # starts from zero
+            torch.nn.init.normal_(module.weight)
+    return model
+
+
+def images_for(model: AutoencoderSoftVQ, batch_size: int = 2) -> torch.Tensor:
+    return images(batch_size, 2 * (model.config.sample_size,))
 
 
 def images(batch_size: int = 3, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
@@ -168,16 +195,180 @@ def test_images_need_not_be_square():
     model = tiny_model(sample_size=[32, 48])
     pixels = images(2, (32, 48))
     assert model(pixels).sample.shape == pixels.shape
-    with pytest.raises(ValueError, match=r"\(batch, 3, 32, 48\)"):
+    with pytest.raises(ValueError, match="with 32 x 48 pixels"):
         model(images(2, (48, 32)))
     # patches come out where they went in: with the decoder replaced by its pixel head, rows stay rows
     head = model.decoder.pixel_head
     with torch.no_grad():
         head.proj.weight.zero_()
         head.proj.bias.copy_(torch.arange(16 * 16 * 3, dtype=torch.float32))
-        sample = head(torch.zeros(1, 6, 24))
+        sample = head(torch.zeros(1, 6, 24), (2, 3))
     pixel = torch.arange(16 * 16 * 3, dtype=torch.float32).reshape(16, 16, 3).permute(2, 0, 1)
     assert torch.equal(sample[0, :, 16:32, 32:48], pixel)
+
+
+def test_decoder_without_class_token_has_no_position_for_it():
+    for registers, positions in ((0, 4), (4, 4)):
+        model = tiny_model(decoder_cls_token=False, decoder_num_register_tokens=registers)
+        assert model.decoder.positions.cls_token is None
+        assert model.decoder.positions.num_prefix_tokens == registers
+        assert model.decoder.positions.position_embedding.shape == (1, positions, 24)
+        assert model(images()).sample.shape == (3, 3, 32, 32)
+
+
+# Rotary positions
+
+
+def test_rotary_embedding_turns_pairs_by_column_and_row():
+    rope = SoftVQRotaryEmbedding(num_layers=3, num_attention_heads=2, head_dim=8, theta=10.0, mixed=False)
+    cos, sin = rope((2, 3), num_prefix_tokens=2, num_latent_tokens=1, device=torch.device("cpu"))
+    assert cos.shape == sin.shape == (3, 9, 1, 4)
+    hidden_states = torch.randn(2, 9, 2, 8)
+    rotated = apply_rotary_embedding(hidden_states, (cos[1], sin[1]))
+    assert torch.equal(rotated[:, :2], hidden_states[:, :2]) and torch.equal(rotated[:, -1:], hidden_states[:, -1:])
+
+    # the same with complex numbers, one patch after the other
+    for row in range(2):
+        for column in range(3):
+            angles = [column * 1.0, column * 10.0**-0.5, row * 1.0, row * 10.0**-0.5]
+            turn = torch.polar(torch.ones(4), torch.tensor(angles))
+            token = 2 + row * 3 + column
+            pairs = torch.view_as_complex(hidden_states[:, token].reshape(2, 2, 4, 2))
+            expected = torch.view_as_real(pairs * turn).flatten(-2)
+            torch.testing.assert_close(rotated[:, token], expected, atol=1e-6, rtol=0)
+
+
+def test_mixed_frequencies_start_on_perpendicular_axes():
+    rope = SoftVQRotaryEmbedding(num_layers=2, num_attention_heads=3, head_dim=8, theta=10.0, mixed=True)
+    assert rope.frequencies.shape == (2, 2, 3, 4) and rope.frequencies.requires_grad
+    x, y = rope.frequencies.detach()
+    magnitudes = torch.tensor([1.0, 10.0**-0.5, 1.0, 10.0**-0.5]).expand(2, 3, 4)
+    torch.testing.assert_close(torch.hypot(x, y), magnitudes, atol=1e-6, rtol=0)
+    first, second = (x[..., :2], y[..., :2]), (x[..., 2:], y[..., 2:])
+    torch.testing.assert_close(first[0] * second[0] + first[1] * second[1], torch.zeros(2, 3, 2), atol=1e-6, rtol=0)
+    assert len(torch.atan2(y, x)[..., 0].unique()) == 6, "every layer and head has its own axis"
+
+
+@pytest.mark.parametrize("changes", [VARIANTS["maetok"], VARIANTS["axial"]], ids=["maetok", "axial"])
+def test_rotary_models_take_other_sizes(changes):
+    model = tiny_model(**changes).eval()
+    pixels = images(2, (48, 16))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        output = model(pixels)
+        assert output.sample.shape == pixels.shape
+        sample = model.decode(output.latent, sample_size=(48, 16)).sample
+        torch.testing.assert_close(sample, output.sample, atol=1e-6, rtol=0)
+        assert model.decode(output.latent, sample_size=64).sample.shape == (2, 3, 64, 64)
+        assert model.decode(output.latent).sample.shape == (2, 3, 32, 32)
+
+        # it is the model of that size whose encoder has the resampled table
+        other = tiny_model(**changes | {"sample_size": [48, 16]}).eval()
+        weights = model.state_dict()
+        key = "encoder.positions.position_embedding"
+        first = 0 if "num_register_tokens" in changes else 1
+        resampled = resample_position_embedding(weights[key][:, first:], (4, 4), (6, 2))
+        weights[key] = torch.cat([weights[key][:, :first], resampled], dim=1)
+        other.load_state_dict(weights)
+        torch.testing.assert_close(other(pixels).sample, output.sample, atol=1e-6, rtol=0)
+
+    for method in (model, model.encode):
+        with pytest.raises(ValueError, match=r"shape \(2, 3, 40, 32\), allowed: .* multiples of 16 pixels"):
+            method(images(2, (40, 32)))
+    with pytest.raises(ValueError, match=r"`sample_size` is \(40, 32\), allowed: multiples of 16 pixels"):
+        model.decode(output.latent, sample_size=(40, 32))
+
+
+def test_absolute_positions_and_siren_heads_fix_the_size():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"`sample_size` is \(64, 64\), allowed: 32 x 32 pixels, .* absolute"):
+        model.decode(torch.zeros(1, 8, 4), sample_size=64)
+    model = tiny_model(**VARIANTS["siren"], position_embedding_type="rope_axial")
+    with pytest.raises(ValueError, match="16 x 16 pixels, which the 'siren' pixel head"):
+        model(images(1, (32, 32)))
+
+
+# Masked patches
+
+
+def test_mask_token_stands_in_for_masked_patches():
+    model = tiny_model(**VARIANTS["maetok"])
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    pixels = images(2)
+    torch.testing.assert_close(model(pixels, mask=mask).sample, model(pixels).sample, atol=0, rtol=0)
+
+    mask[0, 5] = True  # second row, second column of 8 x 8 patches
+    changed = pixels.clone()
+    changed[0, :, 8:16, 8:16] += 1.0
+    output = model(pixels, mask=mask)
+    assert torch.equal(model(changed, mask=mask).latent, output.latent)
+    assert not torch.equal(output.latent[0], model(pixels).latent[0])
+    torch.testing.assert_close(output.latent[1], model(pixels).latent[1], atol=1e-6, rtol=0)
+    model.enable_slicing()
+    torch.testing.assert_close(model(pixels, mask=mask).latent, output.latent, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mask", "message"),
+    [
+        (VARIANTS["maetok"], torch.zeros(2, 16), "dtype torch.float32 .* allowed: torch.bool"),
+        (VARIANTS["maetok"], torch.zeros(2, 4, dtype=torch.bool), r"shape \(2, 4\), allowed: .*\(2, 16\)"),
+        ({}, torch.zeros(2, 16, dtype=torch.bool), "`mask` is given, allowed: None .* `encoder_mask_token`"),
+    ],
+)
+def test_bad_masks(changes, mask, message):
+    model = tiny_model(**changes)
+    for method in (model, model.encode):
+        with pytest.raises(ValueError, match=message):
+            method(images(2), mask=mask)
+
+
+# All variants
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_variants_save_slice_compile_and_export(changes, tmp_path):
+    model = tiny_model(**changes).eval()
+    pixels = images_for(model)
+    with torch.no_grad():
+        expected = model(pixels).sample
+    assert torch.isfinite(expected).all() and model.decoder.last_layer.requires_grad
+
+    model.save_pretrained(tmp_path)
+    loaded = AutoencoderSoftVQ.from_pretrained(tmp_path)
+    assert all(loaded.config[name] == value for name, value in changes.items())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).sample, expected, atol=1e-6, rtol=0)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(pixels).sample, expected)
+        exported = torch.export.export(model, args=(pixels,)).module()
+        torch.testing.assert_close(exported(pixels).sample, expected, check_stride=False)
+        torch.testing.assert_close(
+            model.to(torch.bfloat16)(pixels.bfloat16()).sample.float(), expected, atol=1, rtol=0
+        )
+        model.float().enable_slicing()
+        sliced = model(pixels).sample
+    torch.testing.assert_close(sliced, model(pixels).sample, atol=1e-6, rtol=0)
+
+
+def test_modulation_of_a_new_movq_decoder_is_zero():
+    decoder = AutoencoderSoftVQ(**TINY | VARIANTS["maetok"]).decoder
+    modulations = [module for name, module in decoder.named_modules() if name.endswith("modulation")]
+    assert len(modulations) == 3
+    assert not any(parameter.any() for module in modulations for parameter in module.parameters())
+
+
+def test_siren_head_reads_features_as_rows_of_the_image():
+    model = tiny_model(**VARIANTS["siren"])
+    head = model.decoder.pixel_head
+    tokens = torch.randn(2, 16, 24)
+    hidden_states = torch.sin(30 * torch.nn.functional.linear(tokens, head.linear_1.weight, head.linear_1.bias))
+    features = torch.sin(30 * torch.nn.functional.linear(hidden_states, head.linear_2.weight, head.linear_2.bias))
+    assert features.shape == (2, 16, 48)
+    torch.testing.assert_close(head(tokens, (4, 4)), features.reshape(2, 3, 16, 16), atol=1e-6, rtol=0)
+    assert head.linear_1.weight.abs().max() <= 1 / 24
+    assert head.linear_2.weight.abs().max() <= (6 / 48) ** 0.5 / 30 + 1e-8
 
 
 def test_gradient_checkpointing_keeps_the_gradients():
@@ -310,7 +501,18 @@ def test_latents_are_normalised_and_back():
         ({"codebook_size": True}, "`codebook_size` is True"),
         ({"scaling_factor": 0.0}, "`scaling_factor` is 0.0"),
         ({"num_register_tokens": -1}, "`num_register_tokens` is -1"),
-        ({"pixel_head": "quadratic"}, "`pixel_head` is 'quadratic'"),
+        ({"pixel_head": "quadratic"}, "`pixel_head` is 'quadratic', allowed: 'linear', 'conv', 'siren'"),
+        ({"pixel_head": "conv", "decoder_patch_size": 8}, "`decoder_patch_size` is 8, allowed for .* 'conv': 16"),
+        ({"pixel_head": "siren"}, "`sample_size` is 32, allowed for `pixel_head` 'siren': .* 256"),
+        ({"position_embedding_type": "rope"}, "'rope', allowed: 'absolute', 'rope_axial', 'rope_mixed'"),
+        (
+            {"position_embedding_type": "rope_mixed", "encoder_hidden_size": 36, "encoder_num_attention_heads": 6},
+            "`encoder_hidden_size` is 36 with 6 heads of 6 channels, .* multiple of 4",
+        ),
+        ({"rope_theta": 0}, "`rope_theta` is 0"),
+        ({"decoder_type": "cnn"}, "`decoder_type` is 'cnn', allowed: 'vit', 'movq'"),
+        ({"decoder_cls_token": "yes"}, "`decoder_cls_token` is 'yes', allowed: False, True"),
+        ({"encoder_activation_fn": "relu"}, "`encoder_activation_fn` is 'relu', allowed: 'gelu', 'swiglu'"),
     ],
 )
 def test_config_errors(change, message):
@@ -321,7 +523,7 @@ def test_config_errors(change, message):
 @pytest.mark.parametrize(
     ("pixel_values", "message"),
     [
-        (torch.zeros(1, 3, 32, 48), r"`pixel_values` has shape \(1, 3, 32, 48\), allowed: \(batch, 3, 32, 32\)"),
+        (torch.zeros(1, 3, 32, 48), r"shape \(1, 3, 32, 48\), allowed: \(batch, 3, height, width\) with 32 x 32"),
         (torch.zeros(1, 1, 32, 32), r"\(1, 1, 32, 32\)"),
         (torch.zeros(3, 32, 32), r"\(3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "dtype torch.uint8, allowed: floating-point"),

@@ -35,6 +35,20 @@ TOKENIZER = {
     "decoder_num_layers": 2,
     "decoder_num_attention_heads": 3,
 }
+MAETOK = {
+    "quantizer": "none",
+    "position_embedding_type": "rope_mixed",
+    "encoder_mask_token": True,
+    "decoder_type": "movq",
+    "decoder_cls_token": False,
+}
+SWIGLU_CONV = {
+    "position_embedding_type": "rope_axial",
+    "encoder_activation_fn": "swiglu",
+    "decoder_activation_fn": "swiglu",
+    "decoder_patch_size": 16,
+    "pixel_head": "conv",
+}
 TRANSFORMER = {
     "num_tokens": 8,
     "in_channels": 4,
@@ -48,6 +62,8 @@ MODELS = {
     "vq": (AutoencoderSoftVQ, TOKENIZER | {"quantizer": "vq"}),
     "kl": (AutoencoderSoftVQ, TOKENIZER | {"quantizer": "kl"}),
     "none": (AutoencoderSoftVQ, TOKENIZER | {"quantizer": "none"}),
+    "maetok": (AutoencoderSoftVQ, TOKENIZER | MAETOK),
+    "swiglu_conv": (AutoencoderSoftVQ, TOKENIZER | SWIGLU_CONV),
     "tokens": (DiTTransformer1DModel, TRANSFORMER | {"qk_norm": True}),
     "tokens_variance": (DiTTransformer1DModel, TRANSFORMER | {"out_channels": 8}),
     "patches": (DiTTransformer1DModel, TRANSFORMER | {"patch_size": 2, "sample_size": 8}),
@@ -62,13 +78,20 @@ def build(name: str, **changes) -> AutoencoderSoftVQ | DiTTransformer1DModel:
     """A fresh model with always the same weights, in eval mode."""
     model_class, config = MODELS[name]
     torch.manual_seed(0)
-    return model_class(**config | changes).eval()
+    model = model_class(**config | changes)
+    for name, module in model.named_modules():
+        if name.endswith("modulation"):  # starts from zero
+            nn.init.normal_(module.weight)
+    return model.eval()
 
 
 def inputs_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if isinstance(model, AutoencoderSoftVQ):
-        return {"pixel_values": torch.rand(2, 3, 16, 32, generator=generator).mul(2).sub(1).to(dtype)}
+        inputs = {"pixel_values": torch.rand(2, 3, 16, 32, generator=generator).mul(2).sub(1).to(dtype)}
+        if model.config.encoder_mask_token:
+            inputs["mask"] = torch.rand(2, 32, generator=generator) < 0.5
+        return inputs
     shape = (2, 4, 8, 8) if model.is_2d else (2, 8, 4)
     return {
         "hidden_states": torch.randn(shape, generator=generator).to(dtype),
@@ -223,7 +246,8 @@ def test_repeated_blocks_compile_once(name):
     model = build(name)
     expected = predict(model)
     names = {type(module).__name__ for module in model.modules()}
-    assert set(model._repeated_blocks) <= names and set(model._no_split_modules) <= names
+    blocks = {name for name in names if name.endswith("Block")}
+    assert blocks and blocks <= set(model._repeated_blocks) and blocks <= set(model._no_split_modules)
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
     with torch._dynamo.config.patch(recompile_limit=1):  # with `fullgraph`, going over the limit is an error
         torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=0)

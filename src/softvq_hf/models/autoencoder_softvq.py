@@ -2,7 +2,8 @@
 
 A ViT encoder carries learnable latent tokens beside the image patches; a quantizer mixes codewords into each of them;
 a ViT decoder rebuilds the pixels from mask tokens that attend to the latents. The same file holds the siblings which
-share encoder and decoder and differ in the bottleneck only: hard vector quantization, a Gaussian posterior, and none.
+share encoder and decoder and differ in the bottleneck: hard vector quantization, a Gaussian posterior, and none. The
+last of them, with rotary positions, a MoVQ decoder and masked patches in training, is MAETok (arXiv 2502.03444).
 """
 
 import math
@@ -107,13 +108,121 @@ class SoftVQOutput(BaseOutput):
     kl_loss: torch.Tensor | None = None
 
 
+def resample_position_embedding(
+    position_embedding: torch.Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Resize the learned positions of a patch grid: bicubic with antialiasing, in float32.
+
+    Args:
+        position_embedding (`torch.Tensor` of shape `(1, rows * columns, C)`): Positions in raster order.
+        grid_size (`tuple[int, int]`): Rows and columns of their grid.
+        new_grid_size (`tuple[int, int]`): Rows and columns of the new grid.
+
+    Returns:
+        `torch.Tensor`: float32 of shape `(1, new rows * new columns, C)`.
+    """
+    grid = position_embedding.float().unflatten(1, grid_size).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new_grid_size, mode="bicubic", antialias=True)
+    return grid.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class SoftVQRotaryEmbedding(nn.Module):
+    """
+    Two-dimensional rotary positions (arXiv 2403.13298) for the patches of an image, one table per layer and head.
+
+    A patch in column x and row y turns pair j of a head's channels by the angle `x * f_x[j] + y * f_y[j]`; x and y
+    count patches. Prefix and latent tokens are not turned.
+
+    Args:
+        num_layers (`int`): Number of transformer blocks.
+        num_attention_heads (`int`): Heads of a block.
+        head_dim (`int`): Channels of a head, a multiple of 4.
+        theta (`float`): Base of the frequencies `theta ** (-4 j / head_dim)`.
+        mixed (`bool`):
+            Whether the frequencies of x and y are learned for each layer and head, from randomly turned axes.
+            Otherwise the first half of the pairs is for x and the second for y, and nothing is learned.
+    """
+
+    def __init__(self, num_layers: int, num_attention_heads: int, head_dim: int, theta: float, mixed: bool):
+        super().__init__()
+        self.num_layers = num_layers
+        self.head_dim = head_dim
+        self.theta = theta
+        if mixed:
+            magnitude = self.frequency_magnitudes()
+            angle = 2.0 * math.pi * torch.rand(num_layers, num_attention_heads, 1)
+            x = torch.cat([magnitude * angle.cos(), magnitude * (angle + math.pi / 2).cos()], dim=-1)
+            y = torch.cat([magnitude * angle.sin(), magnitude * (angle + math.pi / 2).sin()], dim=-1)
+            self.frequencies = nn.Parameter(torch.stack([x, y]))  # (2, layers, heads, head_dim / 2)
+        else:
+            self.frequencies = None
+
+    def frequency_magnitudes(self, device: torch.device | None = None) -> torch.Tensor:
+        """The `head_dim / 4` frequencies of one axis, from 1 downwards; float32."""
+        exponents = torch.arange(0, self.head_dim, 4, dtype=torch.float32, device=device) / self.head_dim
+        return self.theta**-exponents
+
+    def forward(
+        self, grid_size: tuple[int, int], num_prefix_tokens: int, num_latent_tokens: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            grid_size (`tuple[int, int]`): Patches per column and per row.
+            num_prefix_tokens (`int`): Tokens before the patches.
+            num_latent_tokens (`int`): Tokens after the patches.
+            device (`torch.device`): Where the result is needed.
+
+        Returns:
+            `tuple`: cosines and sines of the angles, float32 of shape `(num_layers, S, heads, head_dim / 2)` for the
+            whole sequence of S tokens; one head stands for all where nothing is learned.
+        """
+        if self.frequencies is None:
+            magnitude = self.frequency_magnitudes(device)
+            zeros = torch.zeros_like(magnitude)
+            frequencies = torch.stack([torch.cat([magnitude, zeros]), torch.cat([zeros, magnitude])])[:, None, None]
+            frequencies = frequencies.expand(-1, self.num_layers, -1, -1)
+        else:
+            frequencies = self.frequencies.float()
+        rows = torch.arange(grid_size[0], dtype=torch.float32, device=device)
+        columns = torch.arange(grid_size[1], dtype=torch.float32, device=device)
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        angles = x.reshape(1, -1, 1, 1) * frequencies[0][:, None] + y.reshape(1, -1, 1, 1) * frequencies[1][:, None]
+        angles = F.pad(angles, (0, 0, 0, 0, num_prefix_tokens, num_latent_tokens))
+        return angles.cos(), angles.sin()
+
+
+def apply_rotary_embedding(
+    hidden_states: torch.Tensor, rotary_embedding: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """
+    Turn neighbouring channels, (0, 1), (2, 3) and so on, in float32.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, S, heads, head_dim)`): Queries or keys.
+        rotary_embedding (`tuple` of two `torch.Tensor` of shape `(S, heads or 1, head_dim / 2)`): Cosines and sines.
+
+    Returns:
+        `torch.Tensor`: as `hidden_states`.
+    """
+    cos, sin = rotary_embedding
+    even, odd = hidden_states.float().unflatten(-1, (-1, 2)).unbind(dim=-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(hidden_states.dtype)
+
+
 class SoftVQAttnProcessor:
     """Bidirectional self-attention over all tokens through diffusers' attention backends."""
 
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "SoftVQAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: "SoftVQAttention",
+        hidden_states: torch.Tensor,
+        rotary_embedding: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -122,6 +231,10 @@ class SoftVQAttnProcessor:
         query = query.unflatten(-1, (attn.heads, -1))
         key = key.unflatten(-1, (attn.heads, -1))
         value = value.unflatten(-1, (attn.heads, -1))
+
+        if rotary_embedding is not None:
+            query = apply_rotary_embedding(query, rotary_embedding)
+            key = apply_rotary_embedding(key, rotary_embedding)
 
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -148,21 +261,32 @@ class SoftVQAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Dropout(0.0)])
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
+    def forward(
+        self, hidden_states: torch.Tensor, rotary_embedding: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, rotary_embedding)
 
 
 class SoftVQFeedForward(nn.Module):
-    """Linear, exact GELU, linear; `(B, N, hidden_size)` in and out."""
+    """
+    Linear, exact GELU, linear; or SwiGLU (arXiv 2002.05202), whose first linear layer computes gate and value together
+    and which is narrower by a third, as in DINOv2's largest model. `(B, N, hidden_size)` in and out.
+    """
 
-    def __init__(self, hidden_size: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, mlp_ratio: float, activation_fn: str):
         super().__init__()
-        self.linear_1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+        self.is_gated = activation_fn == "swiglu"
+        inner_size = int(hidden_size * mlp_ratio * 2 / 3) if self.is_gated else int(hidden_size * mlp_ratio)
+        self.linear_1 = nn.Linear(hidden_size, 2 * inner_size if self.is_gated else inner_size)
+        self.act = nn.SiLU() if self.is_gated else nn.GELU()
+        self.linear_2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(hidden_states)))
+        hidden_states = self.linear_1(hidden_states)
+        if self.is_gated:
+            gate, hidden_states = hidden_states.chunk(2, dim=-1)
+            return self.linear_2(self.act(gate) * hidden_states)
+        return self.linear_2(self.act(hidden_states))
 
 
 class SoftVQLayerScale(nn.Module):
@@ -179,17 +303,26 @@ class SoftVQLayerScale(nn.Module):
 class SoftVQTransformerBlock(nn.Module):
     """Pre-norm ViT block with LayerScale on both branches (the DINOv2 block)."""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int, mlp_ratio: float, layer_scale_init_value: float):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        mlp_ratio: float,
+        activation_fn: str,
+        layer_scale_init_value: float,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.attn = SoftVQAttention(hidden_size, num_attention_heads)
         self.layer_scale1 = SoftVQLayerScale(hidden_size, layer_scale_init_value)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.ff = SoftVQFeedForward(hidden_size, mlp_ratio)
+        self.ff = SoftVQFeedForward(hidden_size, mlp_ratio, activation_fn)
         self.layer_scale2 = SoftVQLayerScale(hidden_size, layer_scale_init_value)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.layer_scale1(self.attn(self.norm1(hidden_states)))
+    def forward(
+        self, hidden_states: torch.Tensor, rotary_embedding: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.layer_scale1(self.attn(self.norm1(hidden_states), rotary_embedding))
         return hidden_states + self.layer_scale2(self.ff(self.norm2(hidden_states)))
 
 
@@ -199,8 +332,60 @@ class SoftVQDecoderBlock(SoftVQTransformerBlock):
     graphs per `forward`, so each side has its own.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states)
+    def forward(
+        self, hidden_states: torch.Tensor, rotary_embedding: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        return super().forward(hidden_states, rotary_embedding)
+
+
+def modulate_latent_tokens(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`x * scale + shift` (not `1 + scale`) on the last L of `(B, S, C)` tokens; `shift`, `scale` are `(B, L, C)`."""
+    image_tokens, latent_tokens = hidden_states.split([hidden_states.shape[1] - shift.shape[1], shift.shape[1]], dim=1)
+    return torch.cat([image_tokens, latent_tokens * scale + shift], dim=1)
+
+
+class SoftVQMoVQNorm(nn.Module):
+    """
+    The last LayerNorm of a MoVQ decoder: without weights of its own; the latents shift and scale their own tokens.
+    """
+
+    def __init__(self, hidden_size: int, latent_channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(latent_channels, 2 * hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.modulation(F.silu(latent)).chunk(2, dim=-1)
+        return modulate_latent_tokens(self.norm(hidden_states), shift, scale)
+
+
+class SoftVQMoVQBlock(nn.Module):
+    """
+    Decoder block of MAETok (arXiv 2502.03444) after MoVQ's modulated normalisation (arXiv 2209.09002): in front of
+    attention and MLP the latents, as they were before their projection, shift and scale their own tokens.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_attention_heads: int, mlp_ratio: float, activation_fn: str, latent_channels: int
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = SoftVQAttention(hidden_size, num_attention_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.ff = SoftVQFeedForward(hidden_size, mlp_ratio, activation_fn)
+        self.modulation = nn.Linear(latent_channels, 4 * hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_embedding: tuple[torch.Tensor, torch.Tensor] | None,
+        latent: torch.Tensor,
+    ) -> torch.Tensor:
+        shift1, scale1, shift2, scale2 = self.modulation(F.silu(latent)).chunk(4, dim=-1)
+        norm_hidden_states = modulate_latent_tokens(self.norm1(hidden_states), shift1, scale1)
+        hidden_states = hidden_states + self.attn(norm_hidden_states, rotary_embedding)
+        norm_hidden_states = modulate_latent_tokens(self.norm2(hidden_states), shift2, scale2)
+        return hidden_states + self.ff(norm_hidden_states)
 
 
 class SoftVQTokenPositions(nn.Module):
@@ -212,58 +397,107 @@ class SoftVQTokenPositions(nn.Module):
 
     Args:
         hidden_size (`int`): Width of the tokens.
-        num_image_tokens (`int`): Number of patches N.
-        num_register_tokens (`int`): Number of registers R; the prefix has 1 + R tokens.
+        grid_size (`tuple[int, int]`): Patches per column and per row that the position table is made for.
+        num_register_tokens (`int`): Number of register tokens.
+        cls_token (`bool`): Whether the sequence starts with a class token.
+        absolute_positions (`bool`): Whether there is a position table.
     """
 
-    def __init__(self, hidden_size: int, num_image_tokens: int, num_register_tokens: int):
+    def __init__(
+        self,
+        hidden_size: int,
+        grid_size: tuple[int, int],
+        num_register_tokens: int,
+        cls_token: bool = True,
+        absolute_positions: bool = True,
+    ):
         super().__init__()
-        self.cls_token = nn.Parameter(torch.randn(1, 1, hidden_size) * 1e-6)
+        self.grid_size = grid_size
+        self.num_prefix_tokens = int(cls_token) + num_register_tokens
+        self.cls_token = nn.Parameter(torch.randn(1, 1, hidden_size) * 1e-6) if cls_token else None
         if num_register_tokens > 0:
             self.register_tokens = nn.Parameter(torch.randn(1, num_register_tokens, hidden_size) * 1e-6)
         else:
             self.register_tokens = None
-        num_positions = num_image_tokens if num_register_tokens > 0 else 1 + num_image_tokens
-        self.position_embedding = nn.Parameter(torch.zeros(1, num_positions, hidden_size))
-        self.num_prefix_tokens = 1 + num_register_tokens
+        self.embeds_cls_token = cls_token and num_register_tokens == 0
+        if absolute_positions:
+            num_positions = int(self.embeds_cls_token) + grid_size[0] * grid_size[1]
+            self.position_embedding = nn.Parameter(torch.zeros(1, num_positions, hidden_size))
+        else:
+            self.position_embedding = None
 
-    def forward(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, N, hidden_size)` image tokens to `(B, num_prefix_tokens + N, hidden_size)`."""
-        batch_size = image_tokens.shape[0]
-        cls_token = self.cls_token.expand(batch_size, -1, -1)
-        if self.register_tokens is None:
-            return torch.cat([cls_token, image_tokens], dim=1) + self.position_embedding
-        register_tokens = self.register_tokens.expand(batch_size, -1, -1)
-        return torch.cat([cls_token, register_tokens, image_tokens + self.position_embedding], dim=1)
+    def forward(self, image_tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """`(B, N, hidden_size)` image tokens of a grid to `(B, num_prefix_tokens + N, hidden_size)`."""
+        prefix = [
+            tokens.expand(image_tokens.shape[0], -1, -1)
+            for tokens in (self.cls_token, self.register_tokens)
+            if tokens is not None
+        ]
+        if self.position_embedding is None:
+            return torch.cat([*prefix, image_tokens], dim=1)
+
+        position_embedding = self.position_embedding
+        if grid_size != self.grid_size:
+            first = int(self.embeds_cls_token)
+            resampled = resample_position_embedding(position_embedding[:, first:], self.grid_size, grid_size)
+            position_embedding = torch.cat(
+                [position_embedding[:, :first], resampled.to(position_embedding.dtype)], dim=1
+            )
+        if self.embeds_cls_token:
+            return torch.cat([*prefix, image_tokens], dim=1) + position_embedding
+        return torch.cat([*prefix, image_tokens + position_embedding], dim=1)
 
 
 class SoftVQEncoderTokens(SoftVQTokenPositions):
     """[prefix, image tokens, learnable latent tokens], all with their positions: what the encoder's blocks see."""
 
-    def __init__(self, hidden_size: int, num_image_tokens: int, num_latent_tokens: int, num_register_tokens: int):
-        super().__init__(hidden_size, num_image_tokens, num_register_tokens)
+    def __init__(
+        self,
+        hidden_size: int,
+        grid_size: tuple[int, int],
+        num_latent_tokens: int,
+        num_register_tokens: int,
+        mask_token: bool,
+    ):
+        super().__init__(hidden_size, grid_size, num_register_tokens)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if mask_token else None
         self.latent_tokens = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
         self.latent_position_embedding = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
 
-    def forward(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, N, hidden_size)` image tokens to `(B, num_prefix_tokens + N + L, hidden_size)`."""
+    def forward(
+        self, image_tokens: torch.Tensor, grid_size: tuple[int, int], mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        `(B, N, hidden_size)` image tokens to `(B, num_prefix_tokens + N + L, hidden_size)`; those that `mask`
+        `(B, N)` marks are replaced by the mask token first.
+        """
+        if mask is not None:
+            image_tokens = torch.where(mask[:, :, None], self.mask_token.to(image_tokens.dtype), image_tokens)
         latent_tokens = (self.latent_tokens + self.latent_position_embedding).expand(image_tokens.shape[0], -1, -1)
-        return torch.cat([super().forward(image_tokens), latent_tokens], dim=1)
+        return torch.cat([super().forward(image_tokens, grid_size), latent_tokens], dim=1)
 
 
 class SoftVQDecoderTokens(SoftVQTokenPositions):
     """[prefix, mask tokens, latent tokens], all with their positions: what the decoder's blocks see."""
 
-    def __init__(self, hidden_size: int, num_image_tokens: int, num_latent_tokens: int, num_register_tokens: int):
-        super().__init__(hidden_size, num_image_tokens, num_register_tokens)
-        self.num_image_tokens = num_image_tokens
+    def __init__(
+        self,
+        hidden_size: int,
+        grid_size: tuple[int, int],
+        num_latent_tokens: int,
+        num_register_tokens: int,
+        cls_token: bool,
+        absolute_positions: bool,
+    ):
+        super().__init__(hidden_size, grid_size, num_register_tokens, cls_token, absolute_positions)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.latent_position_embedding = nn.Parameter(torch.zeros(1, num_latent_tokens, hidden_size))
 
-    def forward(self, latent_tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, latent_tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """`(B, L, hidden_size)` latent tokens to `(B, num_prefix_tokens + N + L, hidden_size)`."""
-        mask_tokens = self.mask_token.expand(latent_tokens.shape[0], self.num_image_tokens, -1)
-        return torch.cat([super().forward(mask_tokens), latent_tokens + self.latent_position_embedding], dim=1)
+        mask_tokens = self.mask_token.expand(latent_tokens.shape[0], grid_size[0] * grid_size[1], -1)
+        image_tokens = super().forward(mask_tokens, grid_size)
+        return torch.cat([image_tokens, latent_tokens + self.latent_position_embedding], dim=1)
 
 
 class SoftVQEncoder(nn.Module):
@@ -271,8 +505,10 @@ class SoftVQEncoder(nn.Module):
     ViT over the sequence [prefix, image patches, learnable latent tokens]; the latent tokens are the result.
 
     Args:
-        grid_size (`tuple[int, int]`): Patches per column and per row.
+        grid_size (`tuple[int, int]`): Patches per column and per row of an image of the configured size.
         num_latent_tokens (`int`): Number of latent tokens L.
+        rope (`SoftVQRotaryEmbedding` or `None`): Rotary positions, which here come on top of the absolute ones.
+        mask_token (`bool`): Whether there is a token that replaces masked patches.
     """
 
     def __init__(
@@ -285,34 +521,50 @@ class SoftVQEncoder(nn.Module):
         num_layers: int,
         num_attention_heads: int,
         mlp_ratio: float,
+        activation_fn: str,
         num_register_tokens: int,
         layer_scale_init_value: float,
+        rope: SoftVQRotaryEmbedding | None,
+        mask_token: bool,
     ):
         super().__init__()
+        self.patch_size = patch_size
         self.num_latent_tokens = num_latent_tokens
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.positions = SoftVQEncoderTokens(
-            hidden_size, grid_size[0] * grid_size[1], num_latent_tokens, num_register_tokens
+            hidden_size, grid_size, num_latent_tokens, num_register_tokens, mask_token
         )
+        self.rope = rope
         self.blocks = nn.ModuleList(
             [
-                SoftVQTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, layer_scale_init_value)
+                SoftVQTransformerBlock(
+                    hidden_size, num_attention_heads, mlp_ratio, activation_fn, layer_scale_init_value
+                )
                 for _ in range(num_layers)
             ]
         )
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.gradient_checkpointing = False
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(B, in_channels, H, W)` images to `(B, L, hidden_size)` latent tokens."""
+    def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`(B, in_channels, H, W)` images, with `(B, N)` masked patches, to `(B, L, hidden_size)` latent tokens."""
+        height, width = pixel_values.shape[-2:]
+        grid_size = (height // self.patch_size, width // self.patch_size)
         image_tokens = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
-        hidden_states = self.positions(image_tokens)
+        hidden_states = self.positions(image_tokens, grid_size, mask)
 
-        for block in self.blocks:
+        rotary_embedding = [None] * len(self.blocks)
+        if self.rope is not None:
+            tables = self.rope(
+                grid_size, self.positions.num_prefix_tokens, self.num_latent_tokens, hidden_states.device
+            )
+            rotary_embedding = list(zip(*tables, strict=True))
+
+        for block, block_rotary_embedding in zip(self.blocks, rotary_embedding, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, block_rotary_embedding)
             else:
-                hidden_states = block(hidden_states)
+                hidden_states = block(hidden_states, block_rotary_embedding)
 
         return self.norm(hidden_states)[:, -self.num_latent_tokens :]
 
@@ -320,10 +572,9 @@ class SoftVQEncoder(nn.Module):
 class SoftVQLinearPixelHead(nn.Module):
     """One linear layer from an image token to its patch of pixels (row in patch, column in patch, channel)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, grid_size: tuple[int, int], out_channels: int):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
         self.patch_size = patch_size
-        self.grid_size = grid_size
         self.out_channels = out_channels
         self.proj = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
 
@@ -331,9 +582,9 @@ class SoftVQLinearPixelHead(nn.Module):
     def last_layer(self) -> nn.Parameter:
         return self.proj.weight
 
-    def forward(self, image_tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, image_tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """`(B, N, hidden_size)` image tokens in raster order to `(B, out_channels, H, W)` pixels."""
-        rows, columns = self.grid_size
+        rows, columns = grid_size
         pixels = self.proj(image_tokens).reshape(
             -1, rows, columns, self.patch_size, self.patch_size, self.out_channels
         )
@@ -341,12 +592,70 @@ class SoftVQLinearPixelHead(nn.Module):
         return pixels.reshape(-1, self.out_channels, rows * self.patch_size, columns * self.patch_size)
 
 
+class SoftVQConvPixelHead(nn.Module):
+    """A 1 x 1 convolution, then four times nearest-neighbour upsampling and a 3 x 3 convolution: patches of 16."""
+
+    def __init__(self, hidden_size: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Conv2d(hidden_size, 128, kernel_size=1)
+        widths = (128, 64, 32, 16, out_channels)
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(widths[i], widths[i + 1], kernel_size=3, padding=1) for i in range(len(widths) - 1)]
+        )
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.convs[-1].weight
+
+    def forward(self, image_tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """`(B, N, hidden_size)` image tokens in raster order to `(B, out_channels, H, W)` pixels."""
+        hidden_states = self.proj(image_tokens.transpose(1, 2).unflatten(2, grid_size))
+        for conv in self.convs:
+            hidden_states = F.interpolate(F.relu(hidden_states), scale_factor=2.0, mode="nearest")
+            hidden_states = conv(hidden_states)
+        return hidden_states
+
+
+class SoftVQSirenPixelHead(nn.Module):
+    """
+    Two linear layers, each followed by `sin(30 x)` (SIREN, arXiv 2006.09661).
+
+    The features of all tokens in a row are read as the pixels of the image, not patch by patch: token n, of as many
+    tokens as the image has rows, makes rows of pixels. Images are thus square with a side of `patch_size ** 2`.
+    """
+
+    frequency = 30.0
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.out_channels = out_channels
+        self.linear_1 = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear_2 = nn.Linear(2 * hidden_size, out_channels * patch_size**2)
+        nn.init.uniform_(self.linear_1.weight, -1.0 / hidden_size, 1.0 / hidden_size)
+        bound = math.sqrt(6.0 / (2 * hidden_size)) / self.frequency
+        nn.init.uniform_(self.linear_2.weight, -bound, bound)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.linear_2.weight
+
+    def forward(self, image_tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """`(B, N, hidden_size)` image tokens to `(B, out_channels, H, W)` pixels in [-1, 1]."""
+        rows, columns = grid_size
+        hidden_states = torch.sin(self.frequency * self.linear_1(image_tokens))
+        hidden_states = torch.sin(self.frequency * self.linear_2(hidden_states))
+        return hidden_states.reshape(-1, self.out_channels, rows * self.patch_size, columns * self.patch_size)
+
+
 class SoftVQDecoder(nn.Module):
     """
     ViT over the sequence [prefix, mask tokens, latents]; the mask tokens become the image.
 
     Args:
-        grid_size (`tuple[int, int]`): Patches per column and per row.
+        grid_size (`tuple[int, int]`): Patches per column and per row of an image of the configured size.
+        latent_channels (`int`): Width of the latents that modulate a MoVQ decoder.
+        rope (`SoftVQRotaryEmbedding` or `None`): Rotary positions, which here stand in for the absolute ones.
     """
 
     def __init__(
@@ -355,26 +664,44 @@ class SoftVQDecoder(nn.Module):
         patch_size: int,
         grid_size: tuple[int, int],
         num_latent_tokens: int,
+        latent_channels: int,
         hidden_size: int,
         num_layers: int,
         num_attention_heads: int,
         mlp_ratio: float,
+        activation_fn: str,
         num_register_tokens: int,
         layer_scale_init_value: float,
+        rope: SoftVQRotaryEmbedding | None,
+        decoder_type: str,
+        cls_token: bool,
+        pixel_head: str,
     ):
         super().__init__()
-        self.num_image_tokens = grid_size[0] * grid_size[1]
+        self.is_movq = decoder_type == "movq"
         self.positions = SoftVQDecoderTokens(
-            hidden_size, self.num_image_tokens, num_latent_tokens, num_register_tokens
+            hidden_size, grid_size, num_latent_tokens, num_register_tokens, cls_token, absolute_positions=rope is None
         )
-        self.blocks = nn.ModuleList(
-            [
-                SoftVQDecoderBlock(hidden_size, num_attention_heads, mlp_ratio, layer_scale_init_value)
+        self.rope = rope
+        if self.is_movq:
+            blocks = [
+                SoftVQMoVQBlock(hidden_size, num_attention_heads, mlp_ratio, activation_fn, latent_channels)
                 for _ in range(num_layers)
             ]
-        )
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.pixel_head = SoftVQLinearPixelHead(hidden_size, patch_size, grid_size, out_channels)
+            self.norm = SoftVQMoVQNorm(hidden_size, latent_channels)
+        else:
+            blocks = [
+                SoftVQDecoderBlock(hidden_size, num_attention_heads, mlp_ratio, activation_fn, layer_scale_init_value)
+                for _ in range(num_layers)
+            ]
+            self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.blocks = nn.ModuleList(blocks)
+        if pixel_head == "linear":
+            self.pixel_head = SoftVQLinearPixelHead(hidden_size, patch_size, out_channels)
+        elif pixel_head == "conv":
+            self.pixel_head = SoftVQConvPixelHead(hidden_size, out_channels)
+        else:
+            self.pixel_head = SoftVQSirenPixelHead(hidden_size, patch_size, out_channels)
         self.gradient_checkpointing = False
 
     @property
@@ -382,18 +709,30 @@ class SoftVQDecoder(nn.Module):
         """The last weight before the pixels: where the adaptive adversarial weight measures gradients."""
         return self.pixel_head.last_layer
 
-    def forward(self, latent_tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, L, hidden_size)` projected latents to `(B, out_channels, H, W)` pixels."""
-        hidden_states = self.positions(latent_tokens)
-
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
-            else:
-                hidden_states = block(hidden_states)
+    def forward(self, latent_tokens: torch.Tensor, latent: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """
+        `(B, L, hidden_size)` projected latents, and `(B, L, latent_channels)` latents as they were before, to
+        `(B, out_channels, H, W)` pixels on a grid of patches.
+        """
+        hidden_states = self.positions(latent_tokens, grid_size)
+        modulation = (latent,) if self.is_movq else ()
 
         first = self.positions.num_prefix_tokens
-        return self.pixel_head(self.norm(hidden_states)[:, first : first + self.num_image_tokens])
+        rotary_embedding = [None] * len(self.blocks)
+        if self.rope is not None:
+            tables = self.rope(grid_size, first, latent_tokens.shape[1], hidden_states.device)
+            rotary_embedding = list(zip(*tables, strict=True))
+
+        for block, block_rotary_embedding in zip(self.blocks, rotary_embedding, strict=True):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, block_rotary_embedding, *modulation
+                )
+            else:
+                hidden_states = block(hidden_states, block_rotary_embedding, *modulation)
+
+        hidden_states = self.norm(hidden_states, *modulation)
+        return self.pixel_head(hidden_states[:, first : first + grid_size[0] * grid_size[1]], grid_size)
 
 
 def codebook_entropy_loss(affinity: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -545,7 +884,8 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
 
     Args:
         sample_size (`int` or `(int, int)`, *optional*, defaults to 256):
-            Height and width of the images in pixels. Fixed by the absolute position embedding.
+            Height and width of the images in pixels. With absolute positions other sizes are an error; with rotary
+            ones they are allowed, and the encoder resamples its position table.
         in_channels (`int`, *optional*, defaults to 3): Channels of the images.
         encoder_patch_size (`int`, *optional*, defaults to 16): Side of the encoder's patches in pixels.
         decoder_patch_size (`int`, *optional*, defaults to 16): Side of the decoder's patches in pixels.
@@ -566,6 +906,9 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         decoder_num_layers (`int`, *optional*, defaults to 12): Blocks of the decoder.
         decoder_num_attention_heads (`int`, *optional*, defaults to 12): Heads of the decoder; must divide its width.
         mlp_ratio (`float`, *optional*, defaults to 4.0): Width of the feed-forward layers relative to the tokens.
+        encoder_activation_fn (`str`, *optional*, defaults to `"gelu"`):
+            Feed-forward layers of the encoder: `"gelu"`, or `"swiglu"` (those of DINOv2-giant; narrower by a third).
+        decoder_activation_fn (`str`, *optional*, defaults to `"gelu"`): The same in the decoder.
         num_register_tokens (`int`, *optional*, defaults to 0):
             Register tokens of encoder and decoder (arXiv 2309.16588).
         decoder_num_register_tokens (`int`, *optional*):
@@ -578,10 +921,21 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         token_initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial position embeddings, latent tokens and mask token. From 1.0 on, short
             trainings find out sooner which token belongs to which place.
-        position_embedding_type (`str`, *optional*, defaults to `"absolute"`): Position code; `"absolute"`.
-        decoder_type (`str`, *optional*, defaults to `"vit"`): Decoder; `"vit"`.
-        decoder_cls_token (`bool`, *optional*, defaults to `True`): Class token in the decoder; `True`.
-        pixel_head (`str`, *optional*, defaults to `"linear"`): From tokens to pixels; `"linear"`.
+        position_embedding_type (`str`, *optional*, defaults to `"absolute"`):
+            Position code of the patches: `"absolute"` (learned table), `"rope_mixed"` (two-dimensional rotary code
+            with learned frequencies, MAETok) or `"rope_axial"` (with fixed ones). With a rotary code the encoder keeps
+            its table as well, and the decoder has none.
+        rope_theta (`float`, *optional*, defaults to 10.0): Base of the rotary frequencies, with "rope_mixed" at
+            initialisation.
+        encoder_mask_token (`bool`, *optional*, defaults to `False`):
+            Whether the encoder has a token that replaces masked patches (MAETok). Needed for `mask` in
+            [`AutoencoderSoftVQ.forward`].
+        decoder_type (`str`, *optional*, defaults to `"vit"`):
+            Decoder: `"vit"` (DINOv2 blocks) or `"movq"` (blocks whose normalisation the latents modulate, MAETok).
+        decoder_cls_token (`bool`, *optional*, defaults to `True`): Whether the decoder has a class token.
+        pixel_head (`str`, *optional*, defaults to `"linear"`):
+            From tokens to pixels: `"linear"`, `"conv"` (upsampling convolutions, `decoder_patch_size` 16 only) or
+            `"siren"` (sine layers, square images with a side of `decoder_patch_size ** 2` only).
         scaling_factor (`float`, *optional*, defaults to 1.0):
             One over the standard deviation of the latents over a data set. Generators work on
             `(latent - shift_factor) * scaling_factor`.
@@ -593,9 +947,9 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
 
     main_input_name = "pixel_values"
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SoftVQTransformerBlock", "SoftVQDecoderBlock"]
-    _repeated_blocks = ["SoftVQTransformerBlock", "SoftVQDecoderBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "positions", "layer_scale", "quantize"]
+    _no_split_modules = ["SoftVQTransformerBlock", "SoftVQDecoderBlock", "SoftVQMoVQBlock"]
+    _repeated_blocks = ["SoftVQTransformerBlock", "SoftVQDecoderBlock", "SoftVQMoVQBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "positions", "rope", "layer_scale", "quantize"]
     # `encode` and `decode` do not pass through `forward`, so every module that they call has to load itself
     _group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv", "quantize"]
 
@@ -620,12 +974,16 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         decoder_num_layers: int = 12,
         decoder_num_attention_heads: int = 12,
         mlp_ratio: float = 4.0,
+        encoder_activation_fn: str = "gelu",
+        decoder_activation_fn: str = "gelu",
         num_register_tokens: int = 0,
         decoder_num_register_tokens: int | None = None,
         layer_scale_init_value: float = 1.0,
         initializer_range: float = 0.02,
         token_initializer_range: float = 0.02,
         position_embedding_type: str = "absolute",
+        rope_theta: float = 10.0,
+        encoder_mask_token: bool = False,
         decoder_type: str = "vit",
         decoder_cls_token: bool = True,
         pixel_head: str = "linear",
@@ -636,6 +994,22 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         self._check_config()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
 
+        encoder_rope = decoder_rope = None
+        if position_embedding_type != "absolute":
+            encoder_rope = SoftVQRotaryEmbedding(
+                encoder_num_layers,
+                encoder_num_attention_heads,
+                encoder_hidden_size // encoder_num_attention_heads,
+                theta=rope_theta,
+                mixed=position_embedding_type == "rope_mixed",
+            )
+            decoder_rope = SoftVQRotaryEmbedding(
+                decoder_num_layers,
+                decoder_num_attention_heads,
+                decoder_hidden_size // decoder_num_attention_heads,
+                theta=rope_theta,
+                mixed=position_embedding_type == "rope_mixed",
+            )
         self.encoder = SoftVQEncoder(
             in_channels=in_channels,
             patch_size=encoder_patch_size,
@@ -645,33 +1019,47 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             num_layers=encoder_num_layers,
             num_attention_heads=encoder_num_attention_heads,
             mlp_ratio=mlp_ratio,
+            activation_fn=encoder_activation_fn,
             num_register_tokens=num_register_tokens,
             layer_scale_init_value=layer_scale_init_value,
+            rope=encoder_rope,
+            mask_token=encoder_mask_token,
         )
         self.decoder = SoftVQDecoder(
             out_channels=in_channels,
             patch_size=decoder_patch_size,
             grid_size=(height // decoder_patch_size, width // decoder_patch_size),
             num_latent_tokens=num_latent_tokens,
+            latent_channels=latent_channels,
             hidden_size=decoder_hidden_size,
             num_layers=decoder_num_layers,
             num_attention_heads=decoder_num_attention_heads,
             mlp_ratio=mlp_ratio,
+            activation_fn=decoder_activation_fn,
             num_register_tokens=num_register_tokens
             if decoder_num_register_tokens is None
             else decoder_num_register_tokens,
             layer_scale_init_value=layer_scale_init_value,
+            rope=decoder_rope,
+            decoder_type=decoder_type,
+            cls_token=decoder_cls_token,
+            pixel_head=pixel_head,
         )
         # the transformers start from these widths; the projections below and the pixel head keep torch's default
         for module in (*self.encoder.blocks.modules(), *self.decoder.blocks.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=initializer_range)
                 nn.init.zeros_(module.bias)
-        for tokens in (self.encoder.positions, self.decoder.positions):
-            nn.init.trunc_normal_(tokens.position_embedding, std=token_initializer_range)
-            nn.init.trunc_normal_(tokens.latent_position_embedding, std=token_initializer_range)
-        nn.init.normal_(self.encoder.positions.latent_tokens, std=token_initializer_range)
-        nn.init.normal_(self.decoder.positions.mask_token, std=token_initializer_range)
+        for name, tokens in (*self.encoder.positions.named_parameters(), *self.decoder.positions.named_parameters()):
+            if name in ("position_embedding", "latent_position_embedding"):
+                nn.init.trunc_normal_(tokens, std=token_initializer_range)
+            elif name in ("latent_tokens", "mask_token"):
+                nn.init.normal_(tokens, std=token_initializer_range)
+        # MoVQ: the latents start to modulate during training
+        for name, module in self.decoder.named_modules():
+            if name.endswith("modulation"):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
 
         self.quant_conv = nn.Linear(encoder_hidden_size, 2 * latent_channels if quantizer == "kl" else latent_channels)
         self.post_quant_conv = nn.Linear(latent_channels, decoder_hidden_size)
@@ -690,10 +1078,13 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         config = self.config
         allowed = {
             "quantizer": ("softvq", "vq", "kl", "none"),
-            "position_embedding_type": ("absolute",),
-            "decoder_type": ("vit",),
-            "decoder_cls_token": (True,),
-            "pixel_head": ("linear",),
+            "encoder_activation_fn": ("gelu", "swiglu"),
+            "decoder_activation_fn": ("gelu", "swiglu"),
+            "position_embedding_type": ("absolute", "rope_axial", "rope_mixed"),
+            "encoder_mask_token": (False, True),
+            "decoder_type": ("vit", "movq"),
+            "decoder_cls_token": (False, True),
+            "pixel_head": ("linear", "conv", "siren"),
         }
         for name, values in allowed.items():
             if config[name] not in values:
@@ -715,7 +1106,8 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         for name in ("num_register_tokens", "decoder_num_register_tokens"):
             if config[name] is not None and (not isinstance(config[name], int) or config[name] < 0):
                 raise ValueError(f"`{name}` is {config[name]}, allowed: integers from 0 on.")
-        for name in ("tau", "mlp_ratio", "scaling_factor", "initializer_range", "token_initializer_range"):
+        finite_positive = ("tau", "mlp_ratio", "rope_theta", "scaling_factor", "initializer_range")
+        for name in (*finite_positive, "token_initializer_range"):
             if not isinstance(config[name], (int, float)) or not 0 < config[name] < math.inf:
                 raise ValueError(f"`{name}` is {config[name]!r}, allowed: finite numbers above 0.")
         for name in ("shift_factor", "layer_scale_init_value"):
@@ -734,22 +1126,75 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
                     f"`{side}_hidden_size` is {hidden_size}, allowed: multiples of"
                     f" `{side}_num_attention_heads` {heads}."
                 )
+            if config.position_embedding_type != "absolute" and hidden_size // heads % 4:
+                raise ValueError(
+                    f"`{side}_hidden_size` is {hidden_size} with {heads} heads of {hidden_size // heads} channels,"
+                    f" allowed for `position_embedding_type` {config.position_embedding_type!r}: heads of a multiple"
+                    " of 4 channels."
+                )
+        patch_size = config.decoder_patch_size
+        if config.pixel_head == "conv" and patch_size != 16:
+            raise ValueError(f"`decoder_patch_size` is {patch_size}, allowed for `pixel_head` 'conv': 16.")
+        if config.pixel_head == "siren" and any(size != patch_size**2 for size in sizes):
+            raise ValueError(
+                f"`sample_size` is {config.sample_size}, allowed for `pixel_head` 'siren': the square of"
+                f" `decoder_patch_size`, {patch_size**2}."
+            )
         if config.quantizer == "softvq" and config.num_latent_tokens % config.num_codebooks:
             raise ValueError(
                 f"`num_latent_tokens` is {config.num_latent_tokens}, allowed: multiples of `num_codebooks`"
                 f" {config.num_codebooks} (each codebook serves an equal run of tokens)."
             )
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+    @property
+    def _sample_size(self) -> tuple[int, int]:
+        """Configured height and width."""
         sample_size = self.config.sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        expected = (self.config.in_channels, height, width)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+    def _allows_sample_size(self, sample_size: tuple[int, ...]) -> bool:
+        """Whether position codes and pixel head admit images of this height and width."""
+        if tuple(sample_size) == self._sample_size:
+            return True
+        if self.config.position_embedding_type == "absolute" or self.config.pixel_head == "siren":
+            return False
+        multiple = math.lcm(self.config.encoder_patch_size, self.config.decoder_patch_size)
+        return len(sample_size) == 2 and all(size >= multiple and size % multiple == 0 for size in sample_size)
+
+    def _allowed_sample_sizes(self) -> str:
+        """What to tell those who bring another height and width."""
+        height, width = self._sample_size
+        if self.config.pixel_head == "siren":
+            return f"{height} x {width} pixels, which the 'siren' pixel head is made for"
+        if self.config.position_embedding_type == "absolute":
+            return f"{height} x {width} pixels, which the absolute positions are made for"
+        multiple = math.lcm(self.config.encoder_patch_size, self.config.decoder_patch_size)
+        return f"multiples of {multiple} pixels, the patches of encoder and decoder"
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        channels = self.config.in_channels
+        if (
+            pixel_values.ndim != 4
+            or pixel_values.shape[1] != channels
+            or not self._allows_sample_size(pixel_values.shape[2:])
+        ):
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}, allowed:"
-                f" (batch, {', '.join(map(str, expected))})."
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, allowed: (batch, {channels}, height, width)"
+                f" with {self._allowed_sample_sizes()}."
             )
         self._check_values("pixel_values", pixel_values, self.encoder.positions.latent_tokens.dtype)
+
+    def _check_mask(self, mask: torch.Tensor, pixel_values: torch.Tensor) -> None:
+        if not self.config.encoder_mask_token:
+            raise ValueError("`mask` is given, allowed: None for a model without `encoder_mask_token`.")
+        patch_size = self.config.encoder_patch_size
+        height, width = pixel_values.shape[2:]
+        expected = (pixel_values.shape[0], (height // patch_size) * (width // patch_size))
+        if mask.dtype != torch.bool or tuple(mask.shape) != expected:
+            raise ValueError(
+                f"`mask` has dtype {mask.dtype} and shape {tuple(mask.shape)}, allowed: torch.bool and {expected}, an"
+                " entry for each patch."
+            )
 
     def _check_latent(self, latent: torch.Tensor) -> None:
         expected = (self.config.num_latent_tokens, self.config.latent_channels)
@@ -774,28 +1219,36 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
 
     @apply_forward_hook
     def encode(
-        self, pixel_values: torch.Tensor, return_dict: bool = True
+        self, pixel_values: torch.Tensor, return_dict: bool = True, mask: torch.Tensor | None = None
     ) -> SoftVQEncoderOutput | tuple[torch.Tensor]:
         """
         Encode images into latent tokens.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, in_channels, H, W)`): Images in [-1, 1] of `sample_size`.
+            pixel_values (`torch.Tensor` of shape `(B, in_channels, H, W)`):
+                Images in [-1, 1] of `sample_size`; with rotary positions of any multiple of the patch sizes.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
+            mask (`torch.BoolTensor` of shape `(B, N)`, *optional*):
+                The patches, in raster order, that the mask token replaces (MAETok, arXiv 2502.03444, section 3).
 
         Returns:
             [`SoftVQEncoderOutput`] or, with `return_dict=False`, the tuple `(latent,)`. Latents are raw: normalise
             them by [`AutoencoderSoftVQ.scale_latent`] before a generator sees them.
 
         Raises:
-            ValueError: If `pixel_values` has another shape, an integer dtype, or values that are not finite.
+            ValueError: If `pixel_values` has another shape, an integer dtype, or values that are not finite; if `mask`
+                has another shape or dtype, or the model no mask token.
         """
         self._check_pixel_values(pixel_values)
+        if mask is not None:
+            self._check_mask(mask, pixel_values)
 
         if self.use_slicing and pixel_values.shape[0] > 1:
-            moments = torch.cat([self.quant_conv(self.encoder(image)) for image in pixel_values.split(1)])
+            masks = [None] * len(pixel_values) if mask is None else mask.split(1)
+            slices = zip(pixel_values.split(1), masks, strict=True)
+            moments = torch.cat([self.quant_conv(self.encoder(*one)) for one in slices])
         else:
-            moments = self.quant_conv(self.encoder(pixel_values))
+            moments = self.quant_conv(self.encoder(pixel_values, mask))
 
         if self.config.quantizer == "softvq":
             latent, probs, affinity = self.quantize(moments)
@@ -828,7 +1281,9 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         return output
 
     @apply_forward_hook
-    def decode(self, latent: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+    def decode(
+        self, latent: torch.Tensor, return_dict: bool = True, sample_size: int | tuple[int, int] | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
         """
         Decode latent tokens into images.
 
@@ -836,20 +1291,32 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             latent (`torch.Tensor` of shape `(B, num_latent_tokens, latent_channels)`):
                 Raw latents, as [`AutoencoderSoftVQ.encode`] or [`AutoencoderSoftVQ.unscale_latent`] return them.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
+            sample_size (`int` or `(int, int)`, *optional*):
+                Height and width of the images; by default those of the configuration. Others need rotary positions.
 
         Returns:
             [`~diffusers.models.autoencoders.vae.DecoderOutput`] or, with `return_dict=False`, the tuple `(sample,)`;
             `sample` is `(B, in_channels, H, W)`, nominally in [-1, 1], not clamped.
 
         Raises:
-            ValueError: If `latent` has another shape, an integer dtype, or values that are not finite.
+            ValueError: If `latent` has another shape, an integer dtype, or values that are not finite; if the model
+                cannot decode to `sample_size`.
         """
         self._check_latent(latent)
+        if sample_size is None:
+            sample_size = self._sample_size
+        elif isinstance(sample_size, int):
+            sample_size = (sample_size, sample_size)
+        if not self._allows_sample_size(sample_size):
+            raise ValueError(f"`sample_size` is {tuple(sample_size)}, allowed: {self._allowed_sample_sizes()}.")
+        patch_size = self.config.decoder_patch_size
+        grid_size = (sample_size[0] // patch_size, sample_size[1] // patch_size)
 
         if self.use_slicing and latent.shape[0] > 1:
-            sample = torch.cat([self.decoder(self.post_quant_conv(tokens)) for tokens in latent.split(1)])
+            slices = latent.split(1)
+            sample = torch.cat([self.decoder(self.post_quant_conv(one), one, grid_size) for one in slices])
         else:
-            sample = self.decoder(self.post_quant_conv(latent))
+            sample = self.decoder(self.post_quant_conv(latent), latent, grid_size)
 
         if not return_dict:
             return (sample,)
@@ -861,16 +1328,19 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         sample_posterior: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        mask: torch.Tensor | None = None,
     ) -> SoftVQOutput | tuple[torch.Tensor]:
         """
         Encode and decode in one call. Training goes through here, so that wrappers such as DDP see it.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, in_channels, H, W)`): Images in [-1, 1] of `sample_size`.
+            pixel_values (`torch.Tensor` of shape `(B, in_channels, H, W)`): Images, as [`AutoencoderSoftVQ.encode`]
+                takes them; the reconstruction has the same size.
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether the "kl" quantizer decodes a draw from the posterior instead of its mean.
             generator (`torch.Generator` or a list of them, *optional*): Source of that draw.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
+            mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): Patches that the mask token replaces.
 
         Returns:
             [`SoftVQOutput`] or, with `return_dict=False`, the tuple `(sample,)`.
@@ -878,11 +1348,11 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
         Raises:
             ValueError: As [`AutoencoderSoftVQ.encode`].
         """
-        encoded = self.encode(pixel_values)
+        encoded = self.encode(pixel_values, mask=mask)
         latent = encoded.latent
         if sample_posterior and encoded.latent_dist is not None:
             latent = encoded.latent_dist.sample(generator)
-        sample = self.decode(latent).sample
+        sample = self.decode(latent, sample_size=tuple(pixel_values.shape[2:])).sample
 
         if not return_dict:
             return (sample,)
