@@ -43,6 +43,7 @@ from softvq_hf.training.arguments import TrainingArguments, check_model_config, 
 from softvq_hf.training.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
 from softvq_hf.training.hub import export_tokenizer, push_folder, tokenizer_card
 from softvq_hf.training.logging import MetricsLogger, mean_over_batches, reduce_losses
+from softvq_hf.training.masking import sample_patch_mask
 from softvq_hf.training.optimization import (
     build_lr_scheduler,
     build_optimizer,
@@ -77,6 +78,10 @@ class SoftVQTrainingArguments(TrainingArguments):
     encoder_init: str | None = field(
         default=None, metadata={"help": "DINOv2 (a folder or a Hub id) whose weights a new encoder starts from."}
     )
+
+    # masked patches (MAETok), for a tokenizer with `encoder_mask_token`
+    mask_ratio_min: float = field(default=0.0, metadata={"help": "Smallest share of masked patches of an image."})
+    mask_ratio_max: float = field(default=0.0, metadata={"help": "Largest and most likely share; 0 masks nothing."})
 
     # losses
     reconstruction_loss: str = field(default="l2", metadata={"help": "Distance of pixels.", "choices": ["l1", "l2"]})
@@ -137,6 +142,11 @@ class SoftVQTrainingArguments(TrainingArguments):
         for name in vars(self):
             if name.endswith("_weight") and not isinstance(getattr(self, name), bool) and not getattr(self, name) >= 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: numbers from 0 on.")
+        if not 0 <= self.mask_ratio_min <= self.mask_ratio_max <= 1:
+            raise ValueError(
+                f"`--mask_ratio_min` is {self.mask_ratio_min} and `--mask_ratio_max` is {self.mask_ratio_max},"
+                " allowed: 0 <= min <= max <= 1."
+            )
         if self.discriminator not in ("none", *DISCRIMINATORS):
             raise ValueError(
                 f"`--discriminator` is {self.discriminator!r}, allowed: none, {', '.join(DISCRIMINATORS)}."
@@ -160,6 +170,12 @@ def build_tokenizer(args: SoftVQTrainingArguments) -> AutoencoderSoftVQ:
         raise ValueError(f"`--resolution` is {args.resolution}, the tokenizer takes {model.config.sample_size}.")
     if args.encoder_init is not None:
         load_dinov2_encoder(model, AutoModel.from_pretrained(args.encoder_init))
+    if args.mask_ratio_max > 0 and not model.config.encoder_mask_token:
+        raise ValueError(
+            f"`--mask_ratio_max` is {args.mask_ratio_max}, allowed: 0 for a tokenizer without `encoder_mask_token`."
+        )
+    if args.mask_ratio_max == 0 and model.config.encoder_mask_token:
+        model.encoder.positions.mask_token.requires_grad_(False)  # DDP waits for the gradient of what is not used
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
@@ -291,7 +307,12 @@ def main(args: SoftVQTrainingArguments) -> None:
 
         with accelerator.accumulate(*accumulated):
             # Tokenizer: reconstruct, and add up what is wrong with it
-            output = tokenizer(pixel_values, sample_posterior=True, generator=generator)
+            mask = None
+            if args.mask_ratio_max > 0:
+                num_patches = (args.resolution // plain_tokenizer.config.encoder_patch_size) ** 2
+                ratios = (args.mask_ratio_min, args.mask_ratio_max)
+                mask = sample_patch_mask(len(pixel_values), num_patches, *ratios, generator).to(device)
+            output = tokenizer(pixel_values, sample_posterior=True, generator=generator, mask=mask)
             losses = {}
             distance = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
             losses["reconstruction"] = distance(output.sample, pixel_values)

@@ -130,6 +130,36 @@ def test_siblings(quantizer, flags, losses, run_main, tokenizer_args, tokenizer_
     assert len(metrics) == 2 and metrics[0].keys() & {"kl", "vq", "commit", "entropy"} == losses
 
 
+MAETOK = {
+    "quantizer": "none",
+    "position_embedding_type": "rope_mixed",
+    "encoder_mask_token": True,
+    "decoder_type": "movq",
+    "decoder_cls_token": False,
+}
+
+
+def test_masked_patches_and_exact_resume(
+    run_main, tokenizer_args, tokenizer_config, tmp_path, read_metrics, assert_same_state
+):
+    flags = [*tokenizer_args, "--validation_steps=0", "--model", json.dumps(tokenizer_config | MAETOK)]
+    masked = [*flags, "--mask_ratio_min=0.4", "--mask_ratio_max=0.6"]
+    full, resumed = tmp_path / "full", tmp_path / "resumed"
+    run_main("train_softvq", *masked, f"--output_dir={full}")
+    interrupt(full, resumed, last_step=2)
+    run_main("train_softvq", *masked, f"--output_dir={resumed}", "--resume_from_checkpoint=latest")
+    assert_same_state(full, resumed)
+    assert read_metrics(resumed) == read_metrics(full)
+
+    # without masks the latents are others, and the mask token stays as it was drawn
+    run_main("train_softvq", *flags, f"--output_dir={tmp_path / 'plain'}")
+    assert read_metrics(tmp_path / "plain")[-1]["reconstruction"] != read_metrics(full)[-1]["reconstruction"]
+    mask_tokens = [
+        AutoencoderSoftVQ.from_pretrained(folder).encoder.positions.mask_token for folder in (full, tmp_path / "plain")
+    ]
+    assert not torch.equal(*mask_tokens)
+
+
 def test_alignment_encoder_init_and_missing_perceptual_weights(
     run_main, tokenizer_args, tmp_path, read_metrics, monkeypatch, caplog
 ):
@@ -197,6 +227,11 @@ def test_loss_that_is_not_finite_stops_training(run_main, tokenizer_args, tmp_pa
         (['--model={"latents": 8}'], "`model` has 'latents'"),
         (["--model=[1]"], "`--model` is"),
         (['--model={"num_latent_tokens": 7, "num_codebooks": 2}'], "`num_latent_tokens` is 7"),
+        (
+            ["--mask_ratio_max=0.6"],
+            "`--mask_ratio_max` is 0.6, allowed: 0 for a tokenizer without `encoder_mask_token`",
+        ),
+        (["--mask_ratio_min=0.5"], "`--mask_ratio_min` is 0.5 and `--mask_ratio_max` is 0.0"),
         (["--train_batch_size=17"], "`--train_batch_size` is 17"),
         (["--pretrained_model_name_or_path=somewhere"], "exactly one of them"),
         (["--discriminator=resnet"], "`--discriminator` is 'resnet'"),

@@ -19,14 +19,15 @@ def convert_checkpoint(system: str, state_dict: Mapping[str, torch.Tensor], conf
 
     Args:
         system (`str`):
-            `"softvq"` (SoftVQ tokenizers and their KL, VQ and plain-autoencoder twins), `"sit"` (flow-matching
-            transformers on 1-D or 2-D latents) or `"dit"` (DDPM transformers).
+            `"softvq"` (SoftVQ and MAETok tokenizers, and their KL, VQ and plain-autoencoder twins), `"sit"`
+            (flow-matching transformers on 1-D or 2-D latents) or `"dit"` (DDPM transformers).
         state_dict (`Mapping[str, torch.Tensor]`):
             Weights under the official keys; wrapper prefixes such as `module.` and `_orig_mod.` are stripped.
         config (`Mapping[str, Any]`): The official config as a flat dictionary.
 
     Returns:
-        `ModelMixin`: [`AutoencoderSoftVQ`] or [`DiTTransformer1DModel`], float32, eval mode.
+        `ModelMixin`: [`AutoencoderSoftVQ`] (a [`~diffusers.VQModel`] for the convolutional VQ tokenizer) or
+            [`DiTTransformer1DModel`], float32, eval mode.
 
     Raises:
         ValueError: If `system` is unknown, a config key is missing or its value unsupported, or keys of the weights
