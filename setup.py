@@ -68,5 +68,10 @@ setup(
     # and is importable as softvq_hf.pipelines.
     package_dir={"": "src", "softvq_hf.pipelines": "pipelines"},
     packages=find_packages("src") + ["softvq_hf.pipelines"],
-    package_data={"softvq_hf": ["py.typed"], "softvq_hf.training": ["templates/*.md"]},
+    package_data={
+        "softvq_hf": ["py.typed"],
+        "softvq_hf.conversion": ["*.yaml"],
+        "softvq_hf.training": ["templates/*.md"],
+    },
+    entry_points={"console_scripts": ["softvq-hf=softvq_hf.cli:main"]},
 )

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 
 
 # diffusers loads a component from a module that is imported already, or from a source file beside the weights. The
@@ -98,9 +99,9 @@ class SoftVQPipeline(DiffusionPipeline):
         index = result[0] if isinstance(result, tuple) else result
         index["_class_name"] = cls.__name__
         for name in cls._get_signature_keys(cls)[0]:
-            library, class_name = index[name]
+            library, class_name = index.get(name) or (None, None)  # a component that is not there is given by hand
             for package in ("softvq_hf.models", "softvq_hf.schedulers"):
-                module = f"{package}.{library.split('.')[-1]}"
+                module = f"{package}.{str(library).split('.')[-1]}"
                 if module in sys.modules:
                     index[name] = [module, class_name]
         return result
@@ -124,21 +125,123 @@ class SoftVQPipeline(DiffusionPipeline):
         if kwargs.get("custom_pipeline") is not None:
             return super().download(pretrained_model_name, **kwargs)
 
-        component_names, _ = cls._get_signature_keys(cls)
-        allow_patterns = [cls.config_name, "README.md"]
-        for name in component_names:
-            if kwargs.get(name) is None:
-                allow_patterns += [f"{name}/*.json", f"{name}/diffusion_pytorch_model.safetensors"]
-                allow_patterns += [f"{name}/diffusion_pytorch_model-?????-of-?????.safetensors"]
-                if kwargs.get("variant") is not None:
-                    allow_patterns += [f"{name}/diffusion_pytorch_model.{kwargs['variant']}*.safetensors"]
-
+        folders = [name for name in cls._get_signature_keys(cls)[0] if kwargs.get(name) is None]
+        variant = kwargs.get("variant")
         download_kwargs = {
             name: kwargs[name]
             for name in ("revision", "cache_dir", "token", "force_download", "local_files_only")
             if kwargs.get(name) is not None
         }
-        return snapshot_download(pretrained_model_name, allow_patterns=allow_patterns, **download_kwargs)
+
+        weights = "diffusion_pytorch_model{}.safetensors", "diffusion_pytorch_model{}-?????-of-?????.safetensors"
+        suffix = "" if variant is None else f".{variant}"
+        allow_patterns = [cls.config_name, "README.md"]
+        allow_patterns += [f"{folder}/{name.format(suffix)}" for folder in folders for name in ("*.json", *weights)]
+        snapshot = snapshot_download(pretrained_model_name, allow_patterns=allow_patterns, **download_kwargs)
+
+        if variant is not None:
+            # as everywhere in diffusers, a component without the variant comes with its usual weights
+            without = [name for name in folders if not list(Path(snapshot, name).glob(f"*.{variant}*.safetensors"))]
+            allow_patterns = [f"{folder}/{name.format('')}" for folder in without for name in weights]
+            download_kwargs["revision"] = Path(snapshot).name  # the same commit
+            snapshot_download(pretrained_model_name, allow_patterns=allow_patterns, **download_kwargs)
+        return snapshot
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        r"""
+        Save weights and configs to a folder, as [`~DiffusionPipeline.save_pretrained`] does. What `push_to_hub=True`
+        uploads is what [`SoftVQPipeline.push_to_hub`] makes of the pipeline.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder; it is made if needed.
+            safe_serialization (`bool`, *optional*, defaults to `True`): Whether weights are safetensors.
+            variant (`str`, *optional*): Written into the names of the files of the weights.
+            max_shard_size (`int` or `str`, *optional*): Size from which weights are split, such as `"5GB"`.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload the pipeline as well.
+            kwargs: As in [`~DiffusionPipeline.save_pretrained`]; with `push_to_hub` `repo_id`, by default the name of
+                the folder, and the arguments of [`SoftVQPipeline.push_to_hub`].
+        """
+        if push_to_hub:
+            hub_kwargs = {
+                name: kwargs.pop(name)
+                for name in ("commit_message", "private", "token", "create_pr")
+                if name in kwargs
+            }
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **hub_kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        model_card: ModelCard | None = None,
+    ) -> str:
+        r"""
+        Upload the pipeline with the source of its classes, so that plain diffusers loads it from the Hub:
+        [`softvq_hf.training.hub.push_to_hub`]. This package must be installed.
+
+        Args:
+            repo_id (`str`): The repository, `"user/name"`, which is made if needed; without a user, one's own.
+            commit_message (`str`, *optional*): The first line of the commit.
+            private (`bool`, *optional*): Whether a new repository is private; by default as one's account is set.
+            token (`str`, *optional*): A token with write access; by default that of `hf auth login`.
+            create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead of a commit.
+            safe_serialization (`bool`, *optional*, defaults to `True`): Only `True` is allowed.
+            variant (`str`, *optional*): Only `None` is allowed: the repository is loaded without one.
+            subfolder (`str`, *optional*): Only `None` is allowed: diffusers looks for a pipeline at the top.
+            model_card (`ModelCard`, *optional*): By default the one that is there, or [`pipeline_card`].
+
+        Returns:
+            `str`: the address of the repository, or of the pull request.
+
+        Raises:
+            ValueError: If an argument has a value that is not allowed. Nothing has been sent then.
+            ModuleNotFoundError: If the package is not installed.
+        """
+        for name, value, allowed in (
+            ("safe_serialization", safe_serialization, True),
+            ("variant", variant, None),
+            ("subfolder", subfolder, None),
+        ):
+            if value != allowed:
+                raise ValueError(
+                    f"`{name}` is {value!r}, allowed: {allowed}. A folder of `save_pretrained` can be uploaded as it "
+                    "is by `huggingface_hub.upload_folder`."
+                )
+        try:
+            # on call: the export stands above the pipelines, and is not there where only an exported folder is
+            from softvq_hf.training.hub import push_to_hub
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "`push_to_hub` writes the source of the pipeline beside its weights, for which the package softvq-hf "
+                "must be installed.",
+                name=error.name,
+            ) from error
+        return push_to_hub(
+            self,
+            repo_id,
+            model_card=model_card,
+            token=token,
+            private=private,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
     @property
     def guidance_scale(self) -> float:

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from softvq_hf import AutoencoderSoftVQ, DiTTransformer1DModel, SoftVQPipeline, StochasticInterpolantScheduler
+from softvq_hf.cli import build_parser
 from softvq_hf.data import load_image_dataset
 from softvq_hf.training.arguments import parse_args
 from softvq_hf.training.hub import export_pipeline
@@ -123,6 +124,7 @@ def test_flags_in_text_exist():
     known = {"config", "help", "config_file", "num_processes", "logdir"}  # of the parser, accelerate and TensorBoard
     for name in ("train_softvq", "cache_latents", "train_sit"):
         known |= {field.name for field in dataclasses.fields(arguments_of(load_script(name)))}
+    known |= set(vars(build_parser().parse_args(["convert", "source", "--output_dir", "folder"])))
     for document in DOCUMENTS:
         shown = set(re.findall(r"(?<![\w-])--([a-z]\w*)", document.read_text()))
         assert shown <= known, document

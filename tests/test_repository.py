@@ -50,7 +50,7 @@ def test_import_contracts(built_package):
         ("models/autoencoder_softvq.py", "import softvq_hf.models.transformer_dit_1d"),
         ("models/autoencoder_softvq.py", "import numpy"),
         ("data/__init__.py", "import softvq_hf.losses.adversarial"),
-        ("pipelines/pipeline_softvq.py", "import softvq_hf.training.hub"),
+        ("pipelines/pipeline_softvq.py", "import softvq_hf.training.checkpointing"),
         ("losses/adversarial.py", "import softvq_hf"),
     ],
 )

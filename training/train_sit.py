@@ -1,11 +1,14 @@
-"""Train SiT, a class-conditional flow-matching transformer (arXiv 2401.08740), on the latents of a tokenizer.
+"""Train a class-conditional transformer on the latents of a tokenizer: SiT (flow matching, arXiv 2401.08740) or, with
+`--objective ddpm`, DiT (noise prediction with learned variance, arXiv 2212.09748).
 
     accelerate launch training/cache_latents.py ...
     accelerate launch training/train_sit.py --config training/configs/sit_xl.yaml --latents_dir latents
+    accelerate launch training/train_sit.py --config training/configs/dit_xl.yaml --latents_dir latents
 
 The latents are read from a folder of `training/cache_latents.py`, or made on the fly from images by `--vae`. Either
-way they are normalised by `AutoencoderSoftVQ.scale_latent`. `--output_dir` becomes a complete pipeline folder
-(transformer with averaged weights, tokenizer, scheduler), with checkpoints, metrics and sample grids beside it.
+way they are normalised by the tokenizer's statistics. `--output_dir` becomes a complete pipeline folder (transformer
+with averaged weights, tokenizer, scheduler), with checkpoints, metrics and sample grids beside it. `--vae` also takes
+diffusers' `AutoencoderKL`: its 2-D latents are cut into patches, as in the baselines SiT-XL/2 and DiT-XL/2.
 """
 
 import time
@@ -15,14 +18,15 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate.logging import get_logger
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from softvq_hf.data import collate_images, load_cached_latents, load_image_dataset
 from softvq_hf.data.latents import read_metadata
-from softvq_hf.losses import flow_matching_loss, sample_flow_times
+from softvq_hf.losses import diffusion_loss, flow_matching_loss, sample_flow_times
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
@@ -30,7 +34,8 @@ from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInt
 from softvq_hf.training.accelerator import build_accelerator
 from softvq_hf.training.arguments import TrainingArguments, check_model_config, check_output_dir, parse_args
 from softvq_hf.training.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
-from softvq_hf.training.hub import export_pipeline, pipeline_card, push_folder
+from softvq_hf.training.generator import build_ddpm_scheduler, encode_latents, get_latent_shape, load_tokenizer
+from softvq_hf.training.hub import export_pipeline, pipeline_card, push_folder, training_command
 from softvq_hf.training.logging import MetricsLogger, mean_over_batches, reduce_losses
 from softvq_hf.training.optimization import (
     build_lr_scheduler,
@@ -50,6 +55,16 @@ from softvq_hf.training.validation import averaged_weights, image_grid
 
 
 logger = get_logger(__name__)
+
+# Arguments that belong to one objective, or depend on it, with their values; the first is taken if none is given.
+OBJECTIVES = {
+    "flow_matching": {
+        "path_type": ("linear", "cosine"),
+        "weighting": ("uniform", "lognormal"),
+        "sampler": ("ode", "sde"),
+    },
+    "ddpm": {"beta_schedule": ("squaredcos_cap_v2", "linear"), "sampler": ("ddpm", "ddim")},
+}
 
 
 @dataclass(kw_only=True)
@@ -75,20 +90,30 @@ class SiTTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Pipeline (a folder or a Hub id) whose transformer to go on from."}
     )
 
-    # flow matching
-    path_type: str = field(
-        default="linear", metadata={"help": "Path between data and noise.", "choices": ["linear", "cosine"]}
+    # objective
+    objective: str = field(
+        default="flow_matching",
+        metadata={
+            "help": "Velocity of a flow (SiT), or noise of a DDPM chain (DiT).",
+            "choices": [*OBJECTIVES],
+        },
     )
-    weighting: str = field(
-        default="uniform", metadata={"help": "Density of the times.", "choices": ["uniform", "lognormal"]}
+    path_type: str | None = field(
+        default=None, metadata={"help": "Flow matching: path between data and noise, linear (default) or cosine."}
+    )
+    weighting: str | None = field(
+        default=None, metadata={"help": "Flow matching: density of the times, uniform (default) or lognormal."}
+    )
+    beta_schedule: str | None = field(
+        default=None, metadata={"help": "DDPM: noise schedule, squaredcos_cap_v2 (cosine, default) or linear."}
     )
 
     # samples: a grid with one row per class every --validation_steps
-    sampler: str = field(
-        default="ode",
+    sampler: str | None = field(
+        default=None,
         metadata={
-            "help": "Scheduler of the pipeline: Euler (ode) or Euler-Maruyama (sde).",
-            "choices": ["ode", "sde"],
+            "help": "Scheduler of the pipeline. Flow matching: ode (Euler, default) or sde (Euler-Maruyama)."
+            " DDPM: ddpm (ancestral, default) or ddim (deterministic)."
         },
     )
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler in sample grids."})
@@ -113,6 +138,15 @@ class SiTTrainingArguments(TrainingArguments):
                 f"`--model` is {self.model!r} and `--pretrained_model_name_or_path` is"
                 f" {self.pretrained_model_name_or_path!r}, allowed: exactly one of them."
             )
+        for name in ("path_type", "weighting", "beta_schedule", "sampler"):
+            allowed = OBJECTIVES[self.objective].get(name, ())
+            if getattr(self, name) is None:
+                setattr(self, name, allowed[0] if allowed else None)
+            elif getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`--{name}` is {getattr(self, name)!r}, allowed with `--objective {self.objective}`:"
+                    f" {', '.join(allowed) or 'none'}."
+                )
         for name in ("num_inference_steps", "num_sample_classes", "num_samples_per_class"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
@@ -121,28 +155,45 @@ class SiTTrainingArguments(TrainingArguments):
 
 
 def build_transformer(
-    args: SiTTrainingArguments, latent_shape: tuple[int, int], num_classes: int
+    args: SiTTrainingArguments, latent_shape: tuple[int, ...], num_classes: int
 ) -> DiTTransformer1DModel:
-    """A new transformer for latents of `latent_shape` (tokens, channels), or a trained one that fits them."""
-    num_tokens, in_channels = latent_shape
+    """A new transformer for latents of `latent_shape`, or a trained one that fits them."""
     if args.pretrained_model_name_or_path is not None:
         transformer = DiTTransformer1DModel.from_pretrained(
             args.pretrained_model_name_or_path, subfolder="transformer"
         )
     else:
         check_model_config(DiTTransformer1DModel, args.model)
-        from_latents = {"num_tokens": num_tokens, "in_channels": in_channels, "num_classes": num_classes}
-        transformer = DiTTransformer1DModel(**{**from_latents, **args.model})
+        from_latents = {"num_classes": num_classes}
+        if len(latent_shape) == 2:
+            from_latents["num_tokens"], in_channels = latent_shape
+        else:
+            in_channels, sample_size, _ = latent_shape
+            patch_size = args.model.get("patch_size", 2)
+            from_latents |= {"sample_size": sample_size, "patch_size": patch_size}
+            from_latents["num_tokens"] = (sample_size // patch_size) ** 2
+        if args.objective == "ddpm":
+            from_latents |= {"out_channels": 2 * in_channels, "timestep_scale": 1.0}
+        transformer = DiTTransformer1DModel(**{"in_channels": in_channels, **from_latents, **args.model})
         transformer.initialize_weights()
 
     config = transformer.config
-    if (config.num_tokens, config.in_channels) != (num_tokens, in_channels):
+    names = ("in_channels", "sample_size", "sample_size") if transformer.is_2d else ("num_tokens", "in_channels")
+    expected_shape = tuple(config[name] for name in names)
+    if expected_shape != latent_shape:
         raise ValueError(
-            f"The transformer takes `num_tokens` {config.num_tokens} of `in_channels` {config.in_channels}, the"
-            f" latents have {num_tokens} tokens of {in_channels} channels."
+            f"The transformer takes latents of shape {expected_shape} ({', '.join(names)}), allowed: {latent_shape},"
+            " as the tokenizer makes them."
         )
-    if transformer.out_channels != in_channels:
-        raise ValueError(f"`out_channels` is {transformer.out_channels}, allowed for a velocity: {in_channels}.")
+    if args.objective == "flow_matching" and transformer.out_channels != config.in_channels:
+        raise ValueError(
+            f"`out_channels` is {transformer.out_channels}, allowed for a velocity: {config.in_channels}."
+        )
+    if args.objective == "ddpm" and config.timestep_scale != 1.0:
+        raise ValueError(
+            f"`timestep_scale` is {config.timestep_scale}, allowed with `--objective ddpm`: 1.0. A transformer that"
+            " predicts a velocity has another one."
+        )
     if config.num_classes < num_classes:
         raise ValueError(f"`num_classes` is {config.num_classes}, allowed: {num_classes}, as in the data, or more.")
     if args.guidance_scale > 1 and config.class_dropout_prob == 0:
@@ -155,15 +206,55 @@ def build_transformer(
     return transformer
 
 
+def build_scheduler(args: SiTTrainingArguments, learned_variance: bool) -> SchedulerMixin:
+    """How noise is mixed into the latents: the path of SiT, or the chain of DiT as its authors sample it."""
+    if args.objective == "flow_matching":
+        return StochasticInterpolantScheduler(path_type=args.path_type)
+    return build_ddpm_scheduler(args.beta_schedule, learned_variance)
+
+
 def build_pipeline(
-    args: SiTTrainingArguments, vae: AutoencoderSoftVQ, transformer: DiTTransformer1DModel, id2label: dict[int, str]
+    args: SiTTrainingArguments,
+    vae: AutoencoderSoftVQ | AutoencoderKL,
+    transformer: DiTTransformer1DModel,
+    scheduler: SchedulerMixin,
+    id2label: dict[int, str],
 ) -> SoftVQPipeline:
-    """The pipeline that is sampled from and saved."""
-    if args.sampler == "sde":
-        scheduler = StochasticInterpolantScheduler(path_type=args.path_type)
-    else:
-        scheduler = FlowMatchEulerDiscreteScheduler()  # the ODE is the same for both paths
+    """The pipeline that is sampled from and saved. Samplers `sde` and `ddpm` are the scheduler of the training."""
+    if args.sampler == "ode":
+        scheduler = FlowMatchEulerDiscreteScheduler()  # the same for both paths
+    elif args.sampler == "ddim":
+        scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, clip_sample=False)
     return SoftVQPipeline(vae=vae, transformer=transformer, scheduler=scheduler, id2label=id2label)
+
+
+def compute_losses(
+    args: SiTTrainingArguments,
+    transformer: torch.nn.Module,
+    scheduler: SchedulerMixin,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor,
+    class_dropout_prob: float,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """The loss and its terms by name, averaged over the batch. All draws come from `generator`, on the CPU."""
+    batch_size, device = len(latents), latents.device
+    if args.objective == "flow_matching":
+        times = sample_flow_times(batch_size, args.weighting, args.path_type, generator, device)
+    else:
+        num_timesteps = scheduler.config.num_train_timesteps
+        timesteps = torch.randint(num_timesteps, (batch_size,), generator=generator).to(device)
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    dropout = {}
+    if class_dropout_prob > 0:
+        dropped = torch.rand(batch_size, generator=generator) < class_dropout_prob
+        dropout["force_drop_ids"] = dropped.to(device)
+
+    if args.objective == "flow_matching":
+        losses = flow_matching_loss(transformer, scheduler, latents, class_labels, times, noise, **dropout)
+        return {"loss": losses.mean()}
+    losses = diffusion_loss(transformer, scheduler, latents, class_labels, timesteps, noise, **dropout)
+    return {name: value.mean() for name, value in losses.items()}
 
 
 def main(args: SiTTrainingArguments) -> None:
@@ -171,6 +262,9 @@ def main(args: SiTTrainingArguments) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     accelerator = build_accelerator(args)
     device = accelerator.device
+    repo_id = args.repo_id
+    if args.push_to_hub and accelerator.is_main_process:  # before the work: a token that cannot write is an error now
+        repo_id = create_repo(repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id
 
     # 1. Data: latents, or images and the tokenizer that encodes them
     with accelerator.main_process_first():
@@ -187,14 +281,15 @@ def main(args: SiTTrainingArguments) -> None:
                 label_column=args.label_column,
                 **args.dataset_options(),
             )
-            vae = AutoencoderSoftVQ.from_pretrained(args.vae)
-            if (vae.config.scaling_factor, vae.config.shift_factor) == (1.0, 0.0):
+            vae = load_tokenizer(args.vae)
+            if (vae.config.scaling_factor, vae.config.shift_factor or 0.0) == (1.0, 0.0):
                 logger.warning(
                     f"The tokenizer {args.vae} has no latent statistics (`scaling_factor` 1, `shift_factor` 0), so"
                     " latents are NOT normalised. training/cache_latents.py measures them and saves a tokenizer that"
                     " has them."
                 )
-            if vae.config.sample_size not in (args.resolution, [args.resolution] * 2):
+            sizes = (args.resolution, [args.resolution] * 2)
+            if not isinstance(vae, AutoencoderKL) and vae.config.sample_size not in sizes:
                 raise ValueError(f"`--resolution` is {args.resolution}, the tokenizer takes {vae.config.sample_size}.")
     vae.requires_grad_(False).eval().to(device)
     check_dataset_size(train_dataset, args.train_batch_size, accelerator.num_processes)
@@ -208,10 +303,9 @@ def main(args: SiTTrainingArguments) -> None:
     )
     train_dataloader = prepare_dataloader(accelerator, train_dataloader)
 
-    # 2. Transformer, path, optimizer. The schedule is not prepared: it advances by hand, once per update.
-    latent_shape = (vae.config.num_latent_tokens, vae.config.latent_channels)
-    transformer = build_transformer(args, latent_shape, train_dataset.num_classes)
-    path = StochasticInterpolantScheduler(path_type=args.path_type)
+    # 2. Transformer, scheduler, optimizer. The learning rate's schedule is not prepared: it advances once per update.
+    transformer = build_transformer(args, get_latent_shape(vae, args.resolution), train_dataset.num_classes)
+    scheduler = build_scheduler(args, transformer.out_channels > transformer.config.in_channels)
     max_train_steps = resolve_max_train_steps(
         train_dataloader, args.max_train_steps, args.num_train_epochs, args.gradient_accumulation_steps
     )
@@ -235,7 +329,7 @@ def main(args: SiTTrainingArguments) -> None:
     if accelerator.is_main_process:
         Path(args.output_dir, "args.yaml").write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
 
-    pipeline = build_pipeline(args, vae, plain_transformer, train_dataset.id2label)
+    pipeline = build_pipeline(args, vae, plain_transformer, scheduler, train_dataset.id2label)
     pipeline.set_progress_bar_config(desc="samples", leave=False)
     num_classes = train_dataset.num_classes
     sample_classes = torch.linspace(0, num_classes - 1, min(args.num_sample_classes, num_classes)).round().long()
@@ -256,23 +350,16 @@ def main(args: SiTTrainingArguments) -> None:
         step = state.step + 1
         class_labels = batch["class_labels"]
         if args.latents_dir is not None:
-            latents = batch["latents"]
+            latents = vae.scale_latent(batch["latents"].float())
         else:
             with torch.no_grad(), accelerator.autocast():
-                latents = vae.encode(batch["pixel_values"]).latent
-        latents = vae.scale_latent(latents.float())
+                latents = encode_latents(vae, batch["pixel_values"], generator)
 
         with accelerator.accumulate(transformer):
-            times = sample_flow_times(len(latents), args.weighting, args.path_type, generator, device)
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            dropout = {}
-            if class_dropout_prob > 0:
-                dropped = torch.rand(len(latents), generator=generator) < class_dropout_prob
-                dropout["force_drop_ids"] = dropped.to(device)
-            loss = flow_matching_loss(transformer, path, latents, class_labels, times, noise, **dropout).mean()
-            values = reduce_losses(accelerator, {"loss": loss}, step)
+            losses = compute_losses(args, transformer, scheduler, latents, class_labels, class_dropout_prob, generator)
+            values = reduce_losses(accelerator, losses, step)
 
-            accelerator.backward(loss)
+            accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 norm = clip_gradients(accelerator, optimizer, transformer.parameters(), args.max_grad_norm)
                 values["grad_norm"] = norm.item()
@@ -320,15 +407,16 @@ def main(args: SiTTrainingArguments) -> None:
     if accelerator.is_main_process:
         card = pipeline_card(
             pipeline,
-            repo_id=args.repo_id,
+            repo_id=repo_id,
             dataset_name=args.data_source or read_metadata(args.latents_dir)["dataset"]["source"],
+            training_command=training_command(accelerator.num_processes, accelerator.mixed_precision),
             training_settings=args.to_dict(),
             base_model=args.pretrained_model_name_or_path,
         )
         with averaged_weights(ema, plain_transformer):
             export_pipeline(pipeline, args.output_dir, card)
         if args.push_to_hub:
-            url = push_folder(args.repo_id, args.output_dir, token=args.hub_token, private=args.hub_private)
+            url = push_folder(repo_id, args.output_dir, token=args.hub_token)
             logger.info(f"Uploaded to {url}")
     metrics.close()
 

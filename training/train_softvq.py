@@ -16,11 +16,11 @@ import torch.nn.functional as F
 import yaml
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
-from transformers import AutoModel
 
-from softvq_hf.conversion.dinov2 import load_dinov2_encoder
+from softvq_hf.conversion.dinov2 import load_dinov2, load_dinov2_encoder
 from softvq_hf.data import collate_images, load_image_dataset
 from softvq_hf.losses import (
     ADVERSARIAL_LOSSES,
@@ -41,7 +41,7 @@ from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.training.accelerator import build_accelerator
 from softvq_hf.training.arguments import TrainingArguments, check_model_config, check_output_dir, parse_args
 from softvq_hf.training.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
-from softvq_hf.training.hub import export_tokenizer, push_folder, tokenizer_card
+from softvq_hf.training.hub import export_model, push_folder, tokenizer_card, training_command
 from softvq_hf.training.logging import MetricsLogger, mean_over_batches, reduce_losses
 from softvq_hf.training.masking import sample_patch_mask
 from softvq_hf.training.optimization import (
@@ -169,7 +169,7 @@ def build_tokenizer(args: SoftVQTrainingArguments) -> AutoencoderSoftVQ:
     if model.config.sample_size not in (args.resolution, [args.resolution] * 2, (args.resolution, args.resolution)):
         raise ValueError(f"`--resolution` is {args.resolution}, the tokenizer takes {model.config.sample_size}.")
     if args.encoder_init is not None:
-        load_dinov2_encoder(model, AutoModel.from_pretrained(args.encoder_init))
+        load_dinov2_encoder(model, load_dinov2(args.encoder_init))
     if args.mask_ratio_max > 0 and not model.config.encoder_mask_token:
         raise ValueError(
             f"`--mask_ratio_max` is {args.mask_ratio_max}, allowed: 0 for a tokenizer without `encoder_mask_token`."
@@ -197,6 +197,9 @@ def main(args: SoftVQTrainingArguments) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     accelerator = build_accelerator(args)
     device = accelerator.device
+    repo_id = args.repo_id
+    if args.push_to_hub and accelerator.is_main_process:  # before the work: a token that cannot write is an error now
+        repo_id = create_repo(repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id
 
     # 1. Data. A tokenizer needs no labels.
     options = {"label_column": None, **args.dataset_options()}
@@ -407,17 +410,22 @@ def main(args: SoftVQTrainingArguments) -> None:
     if accelerator.is_main_process:
         card = tokenizer_card(
             plain_tokenizer,
-            repo_id=args.repo_id,
+            repo_id=repo_id,
             dataset_name=args.data_source,
-            evaluation_dataset=f"the {args.validation_split} split of {args.data_source}",
-            training_settings=args.to_dict(),
             metrics=metrics.last_validation(),
-            base_model=args.pretrained_model_name_or_path,
+            evaluation_dataset=f"the {args.validation_split} split of {args.data_source}",
+            num_evaluation_images=None if args.streaming or validation_dataset is None else len(validation_dataset),
+            evaluation_protocol=f"PSNR in dB, the mean over images of {args.resolution} x {args.resolution} pixels of"
+            f" each one's own; pixels clamped to [0, 1], {'averaged' if args.use_ema else 'last'} weights, mixed"
+            f" precision: {accelerator.mixed_precision}.",
+            training_command=training_command(accelerator.num_processes, accelerator.mixed_precision),
+            training_settings=args.to_dict(),
+            base_model=args.pretrained_model_name_or_path or args.encoder_init,
         )
         with averaged_weights(ema, plain_tokenizer):
-            export_tokenizer(plain_tokenizer, args.output_dir, card)
+            export_model(plain_tokenizer, args.output_dir, card)
         if args.push_to_hub:
-            url = push_folder(args.repo_id, args.output_dir, token=args.hub_token, private=args.hub_private)
+            url = push_folder(repo_id, args.output_dir, token=args.hub_token)
             logger.info(f"Uploaded to {url}")
     metrics.close()
 

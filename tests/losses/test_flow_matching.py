@@ -55,13 +55,37 @@ def test_official_loss_and_gradients(golden, suffix, path_type, weighting):
 
     torch.testing.assert_close(seen["model_input"], tensors[f"{case}.model_input"], atol=2e-6, rtol=0)
     torch.testing.assert_close(seen["model_output"], tensors[f"{case}.model_output"], atol=1e-5, rtol=0)
+    # Losses reach 13. Both networks round: in float64 the official output is 4e-6 away from its own float32 one.
     torch.testing.assert_close(loss, tensors[f"{case}.loss"], atol=0, rtol=1e-6)
     torch.testing.assert_close(
-        transformer.proj_out.weight.grad, tensors[f"{case}.grad.final_layer.linear.weight"], atol=1e-5, rtol=0
+        transformer.proj_out.weight.grad, tensors[f"{case}.grad.final_layer.linear.weight"], atol=1e-5, rtol=1e-5
     )
     attn = transformer.transformer_blocks[0].attn
     qkv_bias_grad = torch.cat([attn.to_q.bias.grad, attn.to_k.bias.grad, attn.to_v.bias.grad])
-    torch.testing.assert_close(qkv_bias_grad, tensors[f"{case}.grad.blocks.0.attn.qkv.bias"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(qkv_bias_grad, tensors[f"{case}.grad.blocks.0.attn.qkv.bias"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "lognormal"])
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+@pytest.mark.parametrize("suffix", ["", "_2d"], ids=["1d", "2d"])
+def test_official_loss_of_the_official_prediction(golden, suffix, path_type, weighting):
+    _, tensors = golden("sit_loss")
+    case = f"output{suffix}.{path_type}_{weighting}"
+    prediction = tensors[f"{case}.model_output"]
+
+    class Official(torch.nn.Module):
+        def forward(self, hidden_states, timestep, class_labels):
+            return type("Output", (), {"sample": prediction})
+
+    loss = flow_matching_loss(
+        Official(),
+        StochasticInterpolantScheduler(path_type=path_type),
+        tensors[f"output{suffix}.latents"],
+        tensors[f"input{suffix}.y"],
+        tensors[f"{case}.time"],
+        tensors[f"input{suffix}.noise"],
+    )
+    torch.testing.assert_close(loss, tensors[f"{case}.loss"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])

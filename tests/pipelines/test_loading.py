@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from softvq_hf.training.hub import export_pipeline
 
@@ -167,6 +168,17 @@ assert type(SoftVQPipeline.from_pretrained("saved").vae) is AutoencoderSoftVQ
 
     assert files(tmp_path / "exported") == files(tmp_path / "again")
     assert index(tmp_path / "exported") == index(tmp_path / "again")
+
+
+def test_index_without_a_component(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["transformer"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected .*'transformer'"):
+        SoftVQPipeline.from_pretrained(tmp_path)
+    loaded = SoftVQPipeline.from_pretrained(tmp_path, transformer=pipeline.transformer)
+    assert loaded.transformer is pipeline.transformer
 
 
 def test_no_folder_has_the_name_of_a_diffusers_pipeline():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import AutoencoderKL
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 
@@ -56,6 +57,21 @@ def tokenizer_dir(tmp_path) -> Path:
         tmp_path / "tokenizer"
     )
     return tmp_path / "tokenizer"
+
+
+@pytest.fixture
+def autoencoder_kl_dir(tmp_path):
+    """A saved tokenizer of diffusers: 8 x 8 latents of 4 channels for 32 pixels, scaled by 0.18215."""
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+    )
+    vae.save_pretrained(tmp_path / "autoencoder_kl")
+    return tmp_path / "autoencoder_kl"
 
 
 @pytest.fixture

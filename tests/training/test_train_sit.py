@@ -1,16 +1,41 @@
-"""`training/train_sit.py`: cached and live latents, exact resumption, and the pipeline folder it writes."""
+"""`training/train_sit.py`: both objectives on cached, live and 2-D latents, exact resumption, the pipeline folder."""
 
+import importlib.util
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    VQModel,
+)
 from PIL import Image
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+
+
+TRAINING = Path(__file__).parents[2] / "training"
+CONFIGS = TRAINING / "configs"
+
+
+@pytest.fixture
+def train_sit(monkeypatch):
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("train_sit", TRAINING / "train_sit.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_sit", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -19,15 +44,60 @@ def latents_dir(run_cache_latents, tokenizer_dir, tmp_path):
     return tmp_path / "latents"
 
 
+@pytest.mark.parametrize(
+    ("run", "objective_flags", "losses", "scheduler_class", "scheduler_config", "transformer_config"),
+    [
+        (
+            "launch",
+            ["--weighting=lognormal"],
+            {"loss"},
+            FlowMatchEulerDiscreteScheduler,
+            {},
+            {"out_channels": None, "timestep_scale": 1e-3},
+        ),
+        (
+            "run_main",
+            ["--objective=ddpm"],
+            {"loss", "mse", "vb"},
+            DDPMScheduler,
+            {
+                "beta_schedule": "squaredcos_cap_v2",
+                "variance_type": "learned_range",
+                "clip_sample": False,
+                "timestep_spacing": "linspace",
+                "prediction_type": "epsilon",
+                "num_train_timesteps": 1000,
+            },
+            {"out_channels": 8, "timestep_scale": 1.0},
+        ),
+    ],
+    ids=["flow_matching", "ddpm"],
+)
 def test_cached_latents_and_exact_resume(
-    launch, sit_args, latents_dir, tmp_path, read_metrics, assert_same_state, monkeypatch
+    request,
+    run,
+    sit_args,
+    latents_dir,
+    tmp_path,
+    read_metrics,
+    assert_same_state,
+    objective_flags,
+    losses,
+    scheduler_class,
+    scheduler_config,
+    transformer_config,
 ):
-    flags = [*sit_args, f"--latents_dir={latents_dir}", "--weighting=lognormal", "--checkpoints_total_limit=2"]
+    run = request.getfixturevalue(run)  # in processes of its own, or in this one
+    flags = [*sit_args, f"--latents_dir={latents_dir}", *objective_flags, "--checkpoints_total_limit=2"]
     full, resumed = tmp_path / "full", tmp_path / "resumed"
-    launch("train_sit", *flags, f"--output_dir={full}")
+    run("train_sit", *flags, f"--output_dir={full}")
 
     assert sorted(path.name for path in full.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert [line["step"] for line in read_metrics(full)] == [1, 2, 3, 4, 5, 6]
+    for line in read_metrics(full):
+        assert line.keys() == {"step", "epoch", "grad_norm", "learning_rate", *losses}
+        if losses > {"loss"}:
+            assert line["loss"] == pytest.approx(line["mse"] + line["vb"], rel=1e-5)
     # three rows, one per class, of two samples
     assert sorted(path.name for path in (full / "samples").iterdir()) == ["step-3.png", "step-6.png"]
     assert Image.open(full / "samples/step-3.png").size == (2 * 34 + 2, 3 * 34 + 2)
@@ -36,7 +106,7 @@ def test_cached_latents_and_exact_resume(
     shutil.copytree(full, resumed)
     for path in (resumed / "checkpoint-6", resumed / "transformer"):
         shutil.rmtree(path)
-    launch("train_sit", *flags, f"--output_dir={resumed}", "--resume_from_checkpoint=latest")
+    run("train_sit", *flags, f"--output_dir={resumed}", "--resume_from_checkpoint=latest")
     assert_same_state(full, resumed)
     assert read_metrics(resumed) == read_metrics(full)
     assert (full / "samples/step-6.png").read_bytes() == (resumed / "samples/step-6.png").read_bytes()
@@ -49,7 +119,9 @@ def test_cached_latents_and_exact_resume(
         ),
         DiffusionPipeline.from_pretrained(full, trust_remote_code=True),
     ]
-    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert isinstance(pipeline.scheduler, scheduler_class)
+    assert scheduler_config.items() <= dict(pipeline.scheduler.config).items()
+    assert transformer_config.items() <= dict(pipeline.transformer.config).items()
     assert pipeline.config.id2label[1] == "cat" and pipeline.transformer.config.num_classes == 8
     assert (pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor) != (1.0, 0.0)
     samples = []
@@ -86,6 +158,69 @@ def test_live_latents_sde_and_fine_tuning(run_main, sit_args, tokenizer_dir, tmp
     assert [line["step"] for line in read_metrics(tmp_path / "second")] == [1, 2]
 
 
+def test_live_latents_ddim_and_fixed_variance(
+    run_main, sit_args, transformer_config, tokenizer_dir, tmp_path, read_metrics
+):
+    flags = [*sit_args, "--dataset_name=photographs", f"--vae={tokenizer_dir}", "--resolution=32"]
+    flags += ["--max_train_samples=16", "--max_train_steps=2", "--objective=ddpm", "--beta_schedule=linear"]
+    flags += [f"--output_dir={tmp_path / 'ddim'}", "--guidance_scale=1.5"]
+    run_main("train_sit", *flags, "--sampler=ddim")
+    pipeline = SoftVQPipeline.from_pretrained(tmp_path / "ddim")
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    expected = {
+        "beta_schedule": "linear",
+        "clip_sample": False,
+        "timestep_spacing": "leading",
+        "set_alpha_to_one": True,
+    }
+    assert expected.items() <= dict(pipeline.scheduler.config).items()
+    assert pipeline.transformer.config.out_channels == 8
+    # the arguments that it wrote start the same run again
+    written = yaml.safe_load((tmp_path / "ddim/args.yaml").read_text())
+    assert (written["objective"], written["sampler"], written["path_type"]) == ("ddpm", "ddim", None)
+    run_main("train_sit", f"--config={tmp_path / 'ddim/args.yaml'}", f"--output_dir={tmp_path / 'again'}")
+    assert read_metrics(tmp_path / "again") == read_metrics(tmp_path / "ddim")
+
+    fixed = {**transformer_config, "out_channels": 4}
+    run_main("train_sit", *flags, f"--model={json.dumps(fixed)}", f"--output_dir={tmp_path / 'fixed'}")
+    pipeline = SoftVQPipeline.from_pretrained(tmp_path / "fixed")
+    assert isinstance(pipeline.scheduler, DDPMScheduler) and pipeline.scheduler.config.variance_type == "fixed_large"
+    assert not pipeline.predicts_variance
+    for line in read_metrics(tmp_path / "fixed"):
+        assert line["loss"] == line["mse"] and "vb" not in line
+
+
+@pytest.mark.parametrize(("objective", "out_channels"), [("flow_matching", 4), ("ddpm", 8)])
+def test_2d_latents_of_an_autoencoder_kl(
+    run_main, sit_args, autoencoder_kl_dir, tmp_path, read_metrics, assert_same_state, objective, out_channels
+):
+    flags = [*sit_args, "--dataset_name=photographs", f"--vae={autoencoder_kl_dir}", "--resolution=32"]
+    flags += ["--max_train_samples=16", "--max_train_steps=2", f"--objective={objective}", "--guidance_scale=1.5"]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        torch.rand(3)  # the posterior is drawn from the generator of the step, not from the global one
+        run_main("train_sit", *flags, f"--output_dir={folder}")
+    assert_same_state(*folders)
+    assert read_metrics(folders[0]) == read_metrics(folders[1])
+
+    pipelines = [
+        SoftVQPipeline.from_pretrained(folders[0]),
+        DiffusionPipeline.from_pretrained(folders[0], trust_remote_code=True),
+    ]
+    assert isinstance(pipelines[0].vae, AutoencoderKL)
+    config = pipelines[0].transformer.config
+    assert (config.num_tokens, config.patch_size, config.sample_size) == (16, 2, 8)
+    assert pipelines[0].transformer.out_channels == out_channels
+    images = []
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        arguments = {"guidance_scale": 2.0, "num_inference_steps": 2, "generator": generator, "output_type": "pt"}
+        images.append(pipeline(["cat", 3], **arguments).images)
+    assert images[0].shape == (2, 3, 32, 32) and images[0].isfinite().all()
+    assert torch.equal(*images)
+
+
 def test_learns_the_velocity(run_main, sit_args, latents_dir, tmp_path, read_metrics):
     run_main(
         "train_sit",
@@ -101,6 +236,26 @@ def test_learns_the_velocity(run_main, sit_args, latents_dir, tmp_path, read_met
     # an untrained SiT predicts zero, whose error on normalised latents is 2
     assert losses[0] == pytest.approx(2.0, abs=0.5)
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+
+
+def test_learns_the_noise(run_main, sit_args, latents_dir, tmp_path, read_metrics):
+    run_main(
+        "train_sit",
+        *sit_args,
+        f"--latents_dir={latents_dir}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--objective=ddpm",
+        "--max_train_steps=120",
+        "--checkpointing_steps=1000",
+        "--validation_steps=0",
+        "--learning_rate=1e-2",
+    )
+    metrics = read_metrics(tmp_path / "run")
+    # an untrained DiT predicts zero, whose error on unit noise is 1
+    assert metrics[0]["mse"] == pytest.approx(1.0, abs=0.3)
+    for name in ("mse", "vb"):
+        values = [line[name] for line in metrics]
+        assert sum(values[-20:]) < 0.9 * sum(values[:20]), name
 
 
 def test_tokenizer_without_statistics_is_warned_about(run_main, sit_args, tokenizer_config, tmp_path, caplog):
@@ -119,10 +274,30 @@ def test_tokenizer_without_statistics_is_warned_about(run_main, sit_args, tokeni
         (["--latents_dir=VAE"], "`latents_dir`"),
         (["--latents_dir=latents", "--guidance_scale=0.5"], "`--guidance_scale` is 0.5"),
         (["--dataset_name=photographs", "--vae=VAE", "--resolution=64"], "`--resolution` is 64"),
+        (["--dataset_name=photographs", "--vae=2D", "--resolution=30"], "`resolution` is 30, allowed .* 4"),
+        (["--dataset_name=photographs", "--vae=VQMODEL"], "is a VQModel, allowed: AutoencoderSoftVQ"),
+        (["--latents_dir=x", "--path_type=vp"], "`--path_type` is 'vp', allowed .*flow_matching`: linear, cosine"),
+        (["--latents_dir=x", "--sampler=ddpm"], "`--sampler` is 'ddpm', allowed .*flow_matching`: ode, sde"),
+        (["--latents_dir=x", "--beta_schedule=linear"], "`--beta_schedule` is 'linear', .*flow_matching`: none"),
+        (
+            ["--latents_dir=x", "--objective=ddpm", "--path_type=linear"],
+            "`--path_type` is 'linear', allowed with `--objective ddpm`: none",
+        ),
+        (["--latents_dir=x", "--objective=ddpm", "--weighting=uniform"], "`--weighting` is 'uniform', .* ddpm`: none"),
+        (["--latents_dir=x", "--objective=ddpm", "--sampler=sde"], "`--sampler` is 'sde', .* ddpm`: ddpm, ddim"),
+        (
+            ["--latents_dir=x", "--objective=ddpm", "--beta_schedule=scaled_linear"],
+            "`--beta_schedule` is 'scaled_linear', allowed .*: squaredcos_cap_v2, linear",
+        ),
     ],
 )
-def test_bad_arguments_stop_before_training(flags, message, run_main, sit_args, tokenizer_dir, tmp_path):
-    flags = [flag.replace("VAE", str(tokenizer_dir)) for flag in flags]
+def test_bad_arguments_stop_before_training(
+    flags, message, run_main, sit_args, tokenizer_dir, autoencoder_kl_dir, tmp_path
+):
+    VQModel(block_out_channels=(32,)).save_pretrained(tmp_path / "vqmodel")
+    folders = {"VAE": tokenizer_dir, "2D": autoencoder_kl_dir, "VQMODEL": tmp_path / "vqmodel"}
+    for name, folder in folders.items():
+        flags = [flag.replace(f"={name}", f"={folder}") for flag in flags]
     with pytest.raises(ValueError, match=message):
         run_main("train_sit", *sit_args, f"--output_dir={tmp_path / 'run'}", *flags)
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -131,7 +306,11 @@ def test_bad_arguments_stop_before_training(flags, message, run_main, sit_args, 
 def test_transformer_that_does_not_fit_the_latents(run_main, sit_args, transformer_config, latents_dir, tmp_path):
     flags = [*sit_args, f"--latents_dir={latents_dir}", f"--output_dir={tmp_path / 'run'}", "--guidance_scale=2"]
     for change, message in [
-        ({"num_tokens": 16}, "`num_tokens` 16 .* 8 tokens of 4 channels"),
+        ({"num_tokens": 16}, r"shape \(16, 4\) \(num_tokens, in_channels\), allowed: \(8, 4\)"),
+        (
+            {"patch_size": 2, "sample_size": 8},
+            r"shape \(4, 8, 8\) \(in_channels, sample_size, sample_size\), allowed: \(8, 4\)",
+        ),
         ({"out_channels": 8}, "`out_channels` is 8"),
         ({"num_classes": 3}, "`num_classes` is 3"),
         ({"depth": 3}, "`model` has 'depth'"),
@@ -140,3 +319,57 @@ def test_transformer_that_does_not_fit_the_latents(run_main, sit_args, transform
         with pytest.raises(ValueError, match=message):
             run_main("train_sit", *flags, f"--model={json.dumps({**transformer_config, **change})}")
         assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_transformer_of_the_other_objective(run_main, sit_args, transformer_config, latents_dir, tmp_path):
+    flags = [*sit_args, f"--latents_dir={latents_dir}", "--max_train_steps=1", "--validation_steps=0"]
+    for objective, other in (("flow_matching", "ddpm"), ("ddpm", "flow_matching")):
+        run_main("train_sit", *flags, f"--objective={objective}", f"--output_dir={tmp_path / objective}")
+        pretrained = [flag for flag in flags if not flag.startswith("--model")]
+        pretrained += [f"--pretrained_model_name_or_path={tmp_path / objective}", f"--output_dir={tmp_path / 'other'}"]
+        run_main("train_sit", *pretrained, f"--objective={objective}")
+        message = "`out_channels` is 8" if other == "flow_matching" else "`timestep_scale` is 0.001, allowed .*: 1.0"
+        with pytest.raises(ValueError, match=message):
+            run_main("train_sit", *pretrained, f"--objective={other}")
+
+    model = json.dumps({**transformer_config, "timestep_scale": 1e-3})
+    with pytest.raises(ValueError, match="`timestep_scale` is 0.001"):
+        run_main("train_sit", *flags, "--objective=ddpm", f"--model={model}", f"--output_dir={tmp_path / 'other'}")
+
+
+# Published sizes, position table included. There is no DiT-B/1: SiT-B/1 with twice the output channels.
+DITS = {"dit_b": 130_377_248 + 32 * 769, "dit_l": 457_955_392, "dit_xl": 674_963_776}
+
+
+def test_all_dits_have_a_config():
+    assert {path.stem for path in CONFIGS.glob("dit_*.yaml")} == set(DITS)
+
+
+@pytest.mark.parametrize("name", DITS)
+def test_dit_configs(train_sit, name):
+    args = train_sit.parse_args(
+        train_sit.SiTTrainingArguments, ["--config", str(CONFIGS / f"{name}.yaml"), "--latents_dir=x"]
+    )
+    assert (args.objective, args.beta_schedule, args.sampler) == ("ddpm", "squaredcos_cap_v2", "ddpm")
+    assert args.max_grad_norm == 0 and args.output_dir == f"outputs/{name}"
+    with torch.device("meta"):
+        transformer = train_sit.build_transformer(args, (64, 32), num_classes=1000)
+    assert transformer.num_parameters() == DITS[name]
+
+
+@pytest.mark.parametrize(("name", "num_parameters"), [("sit_xl", 675_111_184), ("dit_xl", 675_129_632)])
+def test_2d_baselines(train_sit, name, num_parameters):
+    flags = [
+        "--config",
+        str(CONFIGS / f"{name}.yaml"),
+        "--dataset_name=photographs",
+        "--vae=stabilityai/sd-vae-ft-ema",
+    ]
+    args = train_sit.parse_args(train_sit.SiTTrainingArguments, flags)
+    with torch.device("meta"):
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), latent_channels=4)
+        latent_shape = train_sit.get_latent_shape(vae, args.resolution)
+        transformer = train_sit.build_transformer(args, latent_shape, num_classes=1000)
+    assert latent_shape == (4, 32, 32)
+    assert transformer.config.num_tokens == 256
+    assert transformer.num_parameters() == num_parameters

@@ -1,4 +1,5 @@
-"""What training minimises: perceptual, adversarial, alignment and flow-matching losses, and the discriminators."""
+"""What training minimises: perceptual, adversarial, alignment, flow-matching and diffusion losses, and the
+discriminators."""
 
 from softvq_hf.losses.adversarial import (
     ADVERSARIAL_LOSSES,
@@ -13,6 +14,7 @@ from softvq_hf.losses.adversarial import (
 )
 from softvq_hf.losses.alignment import ALIGNMENT_MODES, AlignmentLoss, FrozenTeacher, load_teacher
 from softvq_hf.losses.augmentation import differentiable_augmentation
+from softvq_hf.losses.diffusion import diffusion_loss, exact_betas
 from softvq_hf.losses.discriminators import (
     DISCRIMINATORS,
     MaskBitDiscriminator,
@@ -40,6 +42,8 @@ __all__ = [
     "build_discriminator",
     "consistency_loss",
     "differentiable_augmentation",
+    "diffusion_loss",
+    "exact_betas",
     "flow_matching_loss",
     "frozen_discriminator",
     "hinge_discriminator_loss",

@@ -9,6 +9,7 @@ last of them, with rotary positions, a MoVQ decoder and masked patches in traini
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -1072,6 +1073,11 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
 
         self.use_slicing = False
         self.gradient_checkpointing = False
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict[str, Any], ...]:
+        # `auto_map` tells `diffusers.AutoModel` where an exported folder has this file; it is no argument of the model
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def _check_config(self) -> None:
         """Raises a `ValueError` that names the first argument which is not allowed or does not fit the others."""

@@ -297,6 +297,11 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.norm_out = AdaLayerNormContinuous(hidden_size, hidden_size, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(hidden_size, (patch_size or 1) ** 2 * out_channels)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict[str, Any], ...]:
+        # `auto_map` tells `diffusers.AutoModel` where an exported folder has this file; it is no argument of the model
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     def initialize_weights(self) -> None:
         """
         Draw the weights that training from scratch starts from (DiT, section 3.2, adaLN-Zero): Xavier-uniform

@@ -1,24 +1,30 @@
 """Folders for the Hugging Face Hub: export with sources, model cards, upload.
 
-diffusers loads a pipeline whose classes it does not know only if their source lies in the repository: a `.py` file
-beside the weights of each component, and the pipeline file at the top. [`export_pipeline`] writes such a folder.
+diffusers loads a class which it does not know only if its source lies in the repository: for a pipeline a `.py` file
+beside the weights of each component, and the pipeline file at the top; for a model alone its source beside the config,
+which names it. [`export_pipeline`] and [`export_model`] write such folders, [`push_to_hub`] uploads them.
 """
 
 import importlib.metadata
 import inspect
 import json
 import re
+import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
-from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, upload_folder
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists, upload_folder
 
 
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+
+# Folders
 
 
 def export_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path, model_card: ModelCard | None = None) -> None:
@@ -55,186 +61,87 @@ def export_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path, model_c
     model_card.save(output_dir / "README.md")
 
 
-def export_tokenizer(tokenizer: ModelMixin, output_dir: str | Path, model_card: ModelCard | None = None) -> None:
+def export_model(model: ModelMixin, output_dir: str | Path, model_card: ModelCard | None = None) -> None:
     """
-    Write a tokenizer alone: weights, config and card. `AutoencoderSoftVQ.from_pretrained(output_dir)` loads it.
+    Write a tokenizer or a transformer alone, with its source, so that plain diffusers loads it, from disk or from the
+    Hub: `diffusers.AutoModel.from_pretrained(output_dir, trust_remote_code=True)`. With this package,
+    `AutoencoderSoftVQ.from_pretrained(output_dir)` needs no flag and leaves the source alone.
 
     Args:
-        tokenizer ([`AutoencoderSoftVQ`]): The tokenizer.
+        model ([`~diffusers.ModelMixin`]):
+            A model of this library, also one that was loaded from an exported folder. A model of diffusers is written
+            without a source; it needs a `model_card`.
         output_dir (`str` or `Path`): The folder; it is made if needed.
-        model_card (`ModelCard`, *optional*): Saved as `README.md`; by default [`tokenizer_card`] of the tokenizer.
+        model_card (`ModelCard`, *optional*):
+            Saved as `README.md`; by default [`tokenizer_card`] or [`generator_card`] of the model.
+
+    Raises:
+        ValueError: If there is no `model_card` for a model of diffusers. Nothing has been written then.
     """
-    tokenizer.save_pretrained(output_dir)
+    output_dir = Path(output_dir)
     if model_card is None:
-        model_card = tokenizer_card(tokenizer, repo_id=str(output_dir))
-    model_card.save(Path(output_dir) / "README.md")
+        model_card = _default_card(model, repo_id=str(output_dir))
+    model.save_pretrained(output_dir)
+
+    if not _is_of_diffusers(model):
+        source = Path(sys.modules[type(model).__module__].__file__)
+        shutil.copyfile(source, output_dir / source.name)
+        config_file = output_dir / model.config_name
+        config = json.loads(config_file.read_text())
+        config["auto_map"] = {"AutoModel": f"{source.stem}.{type(model).__name__}"}
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    model_card.save(output_dir / "README.md")
 
 
-def tokenizer_card(
-    tokenizer: ModelMixin,
-    *,
+# Upload
+
+
+def push_to_hub(
+    model: ModelMixin | DiffusionPipeline,
     repo_id: str,
-    dataset_name: str | None = None,
-    evaluation_dataset: str | None = None,
-    training_settings: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float] | None = None,
-    base_model: str | None = None,
-) -> ModelCard:
+    *,
+    model_card: ModelCard | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
     """
-    The model card of a tokenizer.
+    Export a tokenizer, a transformer or a pipeline and upload it to the Hub, where plain diffusers can load it.
 
     Args:
-        tokenizer ([`AutoencoderSoftVQ`]): The tokenizer.
-        repo_id (`str`): Hub repository or folder that the card's code example loads.
-        dataset_name (`str`, *optional*): The training data.
-        evaluation_dataset (`str`, *optional*):
-            What `metrics` were measured on, such as "the 500 images of its validation split"; by default
-            `dataset_name`.
-        training_settings (`Mapping`, *optional*):
-            Settings of the run by name. `None` values and `hub_token` are left out.
-        metrics (`Mapping` of `str` to `float`, *optional*): Measured values by metric.
-        base_model (`str`, *optional*): Hub repository of the model that training started from.
+        model ([`~diffusers.ModelMixin`] or [`~diffusers.DiffusionPipeline`]):
+            What [`export_model`] or [`export_pipeline`] takes.
+        repo_id (`str`): The repository, `"user/name"`, which is made if needed; without a user, one's own.
+        model_card (`ModelCard`, *optional*):
+            By default the card that the repository has, or that of [`export_model`] or [`export_pipeline`]. Give one
+            to tell data, metrics and how it was trained: [`tokenizer_card`], [`generator_card`], [`pipeline_card`].
+        token (`str`, *optional*): A token with write access; by default that of `hf auth login`.
+        private (`bool`, *optional*): Whether a new repository is private; by default as one's account is set.
+        commit_message (`str`, *optional*): The first line of the commit, by default "Upload" and the class.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead of a commit.
 
     Returns:
-        `ModelCard`: with metadata (licence apache-2.0, `metrics` as model-index).
+        `str`: the address of the repository, or of the pull request.
 
     Raises:
-        ValueError: If `metrics` come without a data set.
+        ValueError: If there is no card for a model of diffusers.
     """
-    sample_size = tokenizer.config.sample_size
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    return _model_card(
-        ModelCardData(
-            license="apache-2.0",
-            library_name="diffusers",
-            pipeline_tag="image-feature-extraction",
-            tags=["softvq-hf", "image-tokenizer", "autoencoder"],
-            base_model=base_model,
-        ),
-        task_type="image-reconstruction",
-        repo_id=repo_id,
-        dataset_name=dataset_name,
-        evaluation_dataset=evaluation_dataset,
-        training_settings=training_settings,
-        metrics=metrics,
-        base_model=base_model,
-        is_pipeline=False,
-        quantizer=tokenizer.config.quantizer,
-        height=height,
-        width=width,
-        in_channels=tokenizer.config.in_channels,
-        num_tokens=tokenizer.config.num_latent_tokens,
-        num_channels=tokenizer.config.latent_channels,
-        num_parameters=tokenizer.num_parameters(),
-    )
-
-
-def pipeline_card(
-    pipeline: DiffusionPipeline,
-    *,
-    repo_id: str,
-    dataset_name: str | None = None,
-    evaluation_dataset: str | None = None,
-    training_settings: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float] | None = None,
-    base_model: str | None = None,
-) -> ModelCard:
-    """
-    The model card of a generator with its tokenizer, as [`export_pipeline`] writes it.
-
-    Args:
-        pipeline ([`SoftVQPipeline`]): The pipeline; its tokenizer is an [`AutoencoderSoftVQ`].
-        repo_id (`str`): Hub repository or folder that the card's code example loads.
-        dataset_name (`str`, *optional*): The training data.
-        evaluation_dataset (`str`, *optional*): What `metrics` were measured on; by default `dataset_name`.
-        training_settings (`Mapping`, *optional*):
-            Settings of the run by name. `None` values and `hub_token` are left out.
-        metrics (`Mapping` of `str` to `float`, *optional*): Measured values by metric.
-        base_model (`str`, *optional*): Hub repository of the model that training started from.
-
-    Returns:
-        `ModelCard`: with metadata (licence apache-2.0, `metrics` as model-index).
-
-    Raises:
-        ValueError: If `metrics` come without a data set.
-    """
-    transformer, vae = pipeline.transformer, pipeline.vae
-    sample_size = vae.config.sample_size
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    return _model_card(
-        ModelCardData(
-            license="apache-2.0",
-            library_name="diffusers",
-            pipeline_tag="unconditional-image-generation",
-            tags=["softvq-hf", "class-conditional-image-generation"],
-            base_model=base_model,
-        ),
-        task_type="class-conditional-image-generation",
-        repo_id=repo_id,
-        dataset_name=dataset_name,
-        evaluation_dataset=evaluation_dataset,
-        training_settings=training_settings,
-        metrics=metrics,
-        base_model=base_model,
-        is_pipeline=True,
-        predicts_variance=pipeline.predicts_variance,
-        height=height,
-        width=width,
-        num_tokens=transformer.config.num_tokens,
-        num_channels=transformer.config.in_channels,
-        num_classes=transformer.config.num_classes,
-        num_parameters=transformer.num_parameters() + vae.num_parameters(),
-        num_tokenizer_parameters=vae.num_parameters(),
-    )
-
-
-def _model_card(
-    card_data: ModelCardData,
-    task_type: str,
-    repo_id: str,
-    dataset_name: str | None,
-    evaluation_dataset: str | None,
-    training_settings: Mapping[str, Any] | None,
-    metrics: Mapping[str, float] | None,
-    **template_values: Any,
-) -> ModelCard:
-    """Fill the template, and put the metrics into the metadata as well."""
-    evaluation_dataset = evaluation_dataset or dataset_name
-    if metrics:
-        if evaluation_dataset is None:
-            raise ValueError(
-                "`evaluation_dataset` and `dataset_name` are None, allowed with `metrics`: a name of the data they "
-                "were measured on, in one of the two."
-            )
-        card_data.model_name = repo_id
-        card_data.eval_results = [
-            EvalResult(
-                task_type=task_type,
-                dataset_type=re.sub(r"[^\w./-]+", "-", evaluation_dataset),
-                dataset_name=evaluation_dataset,
-                metric_type=name,
-                metric_value=float(value),
-            )
-            for name, value in metrics.items()
-        ]
-
-    settings = {
-        name: str(value).replace("|", r"\|")
-        for name, value in (training_settings or {}).items()
-        if value is not None and name != "hub_token"
-    }
-    libraries = ("softvq-hf", "diffusers", "torch", "accelerate", "datasets", "transformers")
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(CARD_TEMPLATE),
-        repo_id=repo_id,
-        dataset_name=dataset_name,
-        evaluation_dataset=evaluation_dataset,
-        training_settings=settings,
-        metrics={name: f"{value:.4g}" for name, value in (metrics or {}).items()},
-        versions={library: importlib.metadata.version(library) for library in libraries},
-        **template_values,
-    )
+    if model_card is None:
+        _default_card(model, repo_id)  # an error, if there is one, before the repository is made
+    repo_id = create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
+    if model_card is None and file_exists(repo_id, "README.md", token=token):
+        model_card = ModelCard.load(repo_id, token=token)
+    export = export_pipeline if isinstance(model, DiffusionPipeline) else export_model
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, folder, model_card or _default_card(model, repo_id))
+        return push_folder(
+            repo_id,
+            folder,
+            token=token,
+            commit_message=commit_message or f"Upload {type(model).__name__}",
+            create_pr=create_pr,
+        )
 
 
 def push_folder(
@@ -243,6 +150,7 @@ def push_folder(
     token: str | None = None,
     private: bool | None = None,
     commit_message: str = "Upload model",
+    create_pr: bool = False,
 ) -> str:
     """
     Upload a folder to a model repository on the Hub, which is made if needed. Training checkpoints (`checkpoint-*`),
@@ -254,9 +162,10 @@ def push_folder(
         token (`str`, *optional*): A token with write access; by default that of `hf auth login`.
         private (`bool`, *optional*): Whether a new repository is private; by default as one's account is set.
         commit_message (`str`, *optional*, defaults to `"Upload model"`): The first line of the commit.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead of a commit.
 
     Returns:
-        `str`: the address of the repository.
+        `str`: the address of the repository, or of the pull request.
 
     Raises:
         ValueError: If `folder` is not a folder, or has no `README.md`. Nothing has been sent then.
@@ -265,14 +174,367 @@ def push_folder(
     if not (folder / "README.md").is_file():
         raise ValueError(
             f"`folder` is {str(folder)!r}, allowed: an existing folder with a model card README.md, as "
-            "`export_pipeline` and `export_tokenizer` write it."
+            "`export_pipeline` and `export_model` write it."
         )
     repo = create_repo(repo_id, token=token, private=private, exist_ok=True)
-    upload_folder(
+    commit = upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,
         token=token,
         commit_message=commit_message,
+        create_pr=create_pr,
         ignore_patterns=["checkpoint-*/**", "logs/**", ".*", "**/.*"],
     )
-    return str(repo)
+    return commit.pr_url or str(repo)
+
+
+# Cards
+
+
+class CardFacts(TypedDict, total=False):
+    """
+    What a model card tells beyond the model itself. All are optional; nothing is claimed that is not given.
+
+    Args:
+        dataset_name (`str`):
+            The training data. A data set on the Hub (`"owner/name"`, and no folder of that name here) is linked and
+            goes into the metadata.
+        metrics (`Mapping` of `str` to `float`):
+            Measured values by metric; they become the model-index. `evaluation_protocol` must come along.
+        evaluation_dataset (`str`):
+            What they were measured on, such as "the validation split of ILSVRC/imagenet-1k"; by default
+            `dataset_name`.
+        num_evaluation_images (`int`): The number of images they were measured on.
+        evaluation_protocol (`str`):
+            How they were measured, in words: crop and size of the images, range of the pixels, mean over what,
+            features and reference set of an FID, steps and guidance of the samples.
+        training_command (`str`): The command that trained the model, see [`training_command`].
+        training_settings (`Mapping`): Settings of the run by name. `None` values and `hub_token` are left out.
+        base_model (`str`):
+            What training started from: a Hub repository, which goes into the metadata, or a folder, which is named.
+        license (`str`): Licence of the weights by its id on the Hub, by default "apache-2.0"; `None` states none.
+    """
+
+    dataset_name: str | None
+    metrics: Mapping[str, float] | None
+    evaluation_dataset: str | None
+    num_evaluation_images: int | None
+    evaluation_protocol: str | None
+    training_command: str | None
+    training_settings: Mapping[str, Any] | None
+    base_model: str | None
+    license: str | None
+
+
+def tokenizer_card(tokenizer: ModelMixin, *, repo_id: str, **facts: Unpack[CardFacts]) -> ModelCard:
+    """
+    The model card of a tokenizer, as [`export_model`] writes it.
+
+    Args:
+        tokenizer ([`AutoencoderSoftVQ`]): The tokenizer.
+        repo_id (`str`): Hub repository or folder that the card's code example loads.
+        facts: Data, metrics and training, see [`CardFacts`].
+
+    Returns:
+        `ModelCard`: with metadata (`metrics` as model-index).
+
+    Raises:
+        ValueError: If `metrics` come without a data set or without `evaluation_protocol`.
+    """
+    config = tokenizer.config
+    height, width = _image_size(tokenizer)
+    return _model_card(
+        kind="tokenizer",
+        pipeline_tag="image-feature-extraction",
+        tags=["softvq-hf", "image-tokenizer", "autoencoder", config.quantizer],
+        task_type="image-reconstruction",
+        repo_id=repo_id,
+        facts=facts,
+        model_config=_public_config(tokenizer),
+        system=_tokenizer_system(tokenizer),
+        quantizer=config.quantizer,
+        height=height,
+        width=width,
+        in_channels=config.in_channels,
+        latents=_latents_in_words(config.num_latent_tokens, config.latent_channels),
+        latent_shape=f"{config.num_latent_tokens}, {config.latent_channels}",
+        class_name=type(tokenizer).__name__,
+        num_parameters=tokenizer.num_parameters(),
+    )
+
+
+def generator_card(
+    transformer: ModelMixin,
+    *,
+    repo_id: str,
+    tokenizer: str | None = None,
+    scheduler: SchedulerMixin | None = None,
+    subfolder: str | None = None,
+    **facts: Unpack[CardFacts],
+) -> ModelCard:
+    """
+    The model card of a class-conditional transformer without its tokenizer, as [`export_model`] writes it.
+
+    Args:
+        transformer ([`DiTTransformer1DModel`]): The transformer.
+        repo_id (`str`): Hub repository or folder that the card's code example loads.
+        tokenizer (`str`, *optional*): Hub repository or folder of the tokenizer on whose latents it was trained.
+        scheduler ([`~diffusers.SchedulerMixin`], *optional*):
+            The scheduler of its samples, which tells the objective. Without one a transformer with variance channels,
+            or with a `timestep_scale` of 1, counts as trained by DDPM, the others by flow matching.
+        subfolder (`str`, *optional*): Folder of the transformer inside the repository.
+        facts: Data, metrics and training, see [`CardFacts`].
+
+    Returns:
+        `ModelCard`: with metadata (`metrics` as model-index).
+
+    Raises:
+        ValueError: If `metrics` come without a data set or without `evaluation_protocol`.
+    """
+    config = transformer.config
+    latent_shape = _latent_shape(transformer)
+    predicts_variance = config.out_channels == 2 * config.in_channels
+    if scheduler is not None:
+        is_ddpm = _is_ddpm(scheduler)
+    else:
+        is_ddpm = predicts_variance or config.timestep_scale == 1
+        scheduler = None if is_ddpm else FlowMatchEulerDiscreteScheduler()
+    return _model_card(
+        kind="generator",
+        pipeline_tag="unconditional-image-generation",
+        tags=["softvq-hf", "class-conditional-image-generation", "dit" if is_ddpm else "sit"],
+        task_type="class-conditional-image-generation",
+        repo_id=repo_id,
+        facts=facts,
+        model_config=_public_config(transformer),
+        tokenizer=tokenizer,
+        tokenizer_is_on_hub=_is_hub_id(tokenizer),
+        scheduler=None if scheduler is None else _constructor(scheduler),
+        scheduler_name=type(scheduler).__name__,
+        scheduler_package="diffusers" if scheduler is None or _is_of_diffusers(scheduler) else "softvq_hf",
+        subfolder=subfolder,
+        is_ddpm=is_ddpm,
+        predicts_variance=predicts_variance,
+        latents=_latents_in_words(*latent_shape),
+        latent_shape=", ".join(map(str, latent_shape)),
+        num_classes=config.num_classes,
+        class_name=type(transformer).__name__,
+        num_parameters=transformer.num_parameters(),
+    )
+
+
+def pipeline_card(pipeline: DiffusionPipeline, *, repo_id: str, **facts: Unpack[CardFacts]) -> ModelCard:
+    """
+    The model card of a generator with its tokenizer, as [`export_pipeline`] writes it.
+
+    Args:
+        pipeline ([`SoftVQPipeline`]): The pipeline.
+        repo_id (`str`): Hub repository or folder that the card's code example loads.
+        facts: Data, metrics and training, see [`CardFacts`].
+
+    Returns:
+        `ModelCard`: with metadata (`metrics` as model-index).
+
+    Raises:
+        ValueError: If `metrics` come without a data set or without `evaluation_protocol`.
+    """
+    transformer, vae = pipeline.transformer, pipeline.vae
+    height, width = _image_size(vae, transformer)
+    is_ddpm = _is_ddpm(pipeline.scheduler)
+    return _model_card(
+        kind="pipeline",
+        pipeline_tag="unconditional-image-generation",
+        tags=["softvq-hf", "class-conditional-image-generation", "dit" if is_ddpm else "sit"],
+        task_type="class-conditional-image-generation",
+        repo_id=repo_id,
+        facts=facts,
+        model_config={name: _public_config(component) for name, component in pipeline.components.items()},
+        system=_tokenizer_system(vae),
+        is_ddpm=is_ddpm,
+        predicts_variance=pipeline.predicts_variance,
+        height=height,
+        width=width,
+        latents=_latents_in_words(*_latent_shape(transformer)),
+        num_classes=transformer.config.num_classes,
+        class_name=type(pipeline).__name__,
+        num_parameters=transformer.num_parameters() + vae.num_parameters(),
+        num_tokenizer_parameters=vae.num_parameters(),
+    )
+
+
+def training_command(num_processes: int, mixed_precision: str, argv: Sequence[str] | None = None) -> str:
+    """
+    The `accelerate launch` line of this process for a model card, without the Hub token.
+
+    Args:
+        num_processes (`int`): Processes in all, `accelerator.num_processes`.
+        mixed_precision (`str`): Autocast dtype, `accelerator.mixed_precision`.
+        argv (`Sequence[str]`, *optional*): Script and arguments, by default those of the process.
+
+    Returns:
+        `str`: the command, one flag per line.
+    """
+    words = ["accelerate launch", f"--num_processes={num_processes}", f"--mixed_precision={mixed_precision}"]
+    lines = [" ".join(words)]
+    is_token = False
+    for word in sys.argv if argv is None else argv:
+        if is_token or word.startswith("--hub_token"):
+            is_token = word == "--hub_token"
+        elif word.startswith("--") or len(lines) == 1:
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n    ".join(lines)
+
+
+def _model_card(
+    kind: str,
+    pipeline_tag: str,
+    tags: list[str],
+    task_type: str,
+    repo_id: str,
+    facts: CardFacts,
+    model_config: Mapping[str, Any],
+    **template_values: Any,
+) -> ModelCard:
+    """Fill the template, and put what the Hub can read into the metadata as well."""
+    unknown = sorted(set(facts) - set(CardFacts.__annotations__))
+    if unknown:
+        raise TypeError(f"Unknown arguments {', '.join(unknown)}, allowed: {', '.join(CardFacts.__annotations__)}.")
+    dataset_name, base_model = facts.get("dataset_name"), facts.get("base_model")
+    evaluation_dataset = facts.get("evaluation_dataset") or dataset_name
+    metrics = facts.get("metrics") or {}
+    card_data = ModelCardData(
+        license=facts.get("license", "apache-2.0"),
+        library_name="diffusers",
+        pipeline_tag=pipeline_tag,
+        tags=tags,
+        datasets=[dataset_name] if _is_hub_id(dataset_name) else None,
+        base_model=base_model if _is_hub_id(base_model) else None,
+    )
+    if metrics:
+        if evaluation_dataset is None:
+            raise ValueError(
+                "`evaluation_dataset` and `dataset_name` are None, allowed with `metrics`: a name of the data they "
+                "were measured on, in one of the two."
+            )
+        if not facts.get("evaluation_protocol"):
+            raise ValueError(
+                f"`evaluation_protocol` is {facts.get('evaluation_protocol')!r}, allowed with `metrics`: words on how "
+                "they were measured."
+            )
+        names = [
+            name for name in (evaluation_dataset, dataset_name) if _is_hub_id(name) and name in evaluation_dataset
+        ]
+        num_images = facts.get("num_evaluation_images")
+        card_data.model_name = repo_id
+        card_data.eval_results = [
+            EvalResult(
+                task_type=task_type,
+                dataset_type=names[0] if names else re.sub(r"[^\w.-]+", "-", evaluation_dataset),
+                dataset_name=evaluation_dataset,
+                dataset_args=None if num_images is None else {"num_images": num_images},
+                metric_type=name,
+                metric_name=name,
+                metric_value=float(value),
+                metric_args={"protocol": facts["evaluation_protocol"]},
+            )
+            for name, value in metrics.items()
+        ]
+
+    settings = {
+        name: str(value).replace("|", r"\|")
+        for name, value in (facts.get("training_settings") or {}).items()
+        if value is not None and name != "hub_token"
+    }
+    libraries = ("softvq-hf", "diffusers", "torch", "accelerate", "datasets", "transformers")
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(CARD_TEMPLATE),
+        kind=kind,
+        repo_id=repo_id,
+        dataset_name=dataset_name,
+        dataset_is_on_hub=_is_hub_id(dataset_name),
+        evaluation_dataset=evaluation_dataset,
+        num_evaluation_images=facts.get("num_evaluation_images"),
+        evaluation_protocol=facts.get("evaluation_protocol"),
+        training_command=facts.get("training_command"),
+        training_settings=settings,
+        base_model=base_model,
+        base_model_is_on_hub=_is_hub_id(base_model),
+        metrics={name: f"{value:.4g}" for name, value in metrics.items()},
+        model_config=json.dumps(model_config, indent=2),
+        versions={library: importlib.metadata.version(library) for library in libraries},
+        **template_values,
+    )
+
+
+def _default_card(model: ModelMixin | DiffusionPipeline, repo_id: str) -> ModelCard:
+    """The card that tells nothing but the model itself."""
+    if isinstance(model, DiffusionPipeline):
+        return pipeline_card(model, repo_id=repo_id)
+    if _is_of_diffusers(model):
+        raise ValueError(f"`model_card` is None, allowed for a {type(model).__name__} of diffusers: a `ModelCard`.")
+    return (generator_card if "num_classes" in model.config else tokenizer_card)(model, repo_id=repo_id)
+
+
+def _is_of_diffusers(part: Any) -> bool:
+    return type(part).__module__.split(".")[0] == "diffusers"
+
+
+def _is_hub_id(name: str | None) -> bool:
+    """Whether it has the form of a repository with its owner, and is not the path of something on this machine."""
+    return name is not None and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
+
+
+def _is_ddpm(scheduler: SchedulerMixin) -> bool:
+    return "beta_schedule" in scheduler.config and not scheduler.config.get("use_flow_sigmas", False)
+
+
+def _tokenizer_system(vae: ModelMixin) -> str:
+    """Name and paper of a tokenizer, as a link."""
+    config = vae.config
+    if "num_latent_tokens" not in config:
+        return type(vae).__name__
+    if config.quantizer == "none" and (config.decoder_type == "movq" or config.encoder_mask_token):
+        return "[MAETok](https://arxiv.org/abs/2502.03444)"
+    return "[SoftVQ-VAE](https://arxiv.org/abs/2412.10958)"
+
+
+def _image_size(vae: ModelMixin, transformer: ModelMixin | None = None) -> tuple[int, int]:
+    """Height and width of the images of a tokenizer, which for AutoencoderKL follow from its generator's latents."""
+    sample_size = vae.config.sample_size
+    if "num_latent_tokens" not in vae.config:
+        sample_size = transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+
+def _latent_shape(transformer: ModelMixin) -> tuple[int, ...]:
+    config = transformer.config
+    if config.sample_size is not None:
+        return config.in_channels, config.sample_size, config.sample_size
+    return config.num_tokens, config.in_channels
+
+
+def _latents_in_words(*shape: int) -> str:
+    if len(shape) == 2:
+        return f"{shape[0]} tokens of {shape[1]} channels"
+    return f"a map of {shape[0]} channels, {shape[1]} × {shape[2]}"
+
+
+def _public_config(part: ModelMixin | SchedulerMixin) -> dict[str, Any]:
+    """The class and its arguments, as JSON has them."""
+    config = json.loads(part.to_json_string())
+    arguments = {name: value for name, value in config.items() if not name.startswith("_") and name != "auto_map"}
+    return {"_class_name": type(part).__name__, **arguments}
+
+
+def _constructor(scheduler: SchedulerMixin) -> str:
+    """Python that makes this scheduler: its class, and the arguments that are not the default ones."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    arguments = [
+        f"{name}={value!r}"
+        for name, value in scheduler.config.items()
+        if name in parameters and value != parameters[name].default
+    ]
+    return f"{type(scheduler).__name__}({', '.join(arguments)})"
