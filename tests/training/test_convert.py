@@ -103,7 +103,7 @@ def test_tokenizer(official_folder, golden, tmp_path, name):
 
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "mit" and card.data.library_name == "diffusers"
-    assert f"| source | {source} |" in card.text and "| system | softvq |" in card.text
+    assert f"| source | {Path(source).name} |" in card.text and "| system | softvq |" in card.text
     assert f'"{tmp_path / "out"}"' in card.text  # its code example loads the folder by its last name
 
 
@@ -183,9 +183,11 @@ def test_pipeline(official_folder, tmp_path, system, options, scheduler):
     assert (images == pipeline(**call, generator=torch.Generator().manual_seed(0)).images).all()
 
     text = (tmp_path / "out" / "README.md").read_text()
-    assert f"| tokenizer | {tokenizer} |" in text
-    path = {"sit": "| path | unknown", "dit": ""}[system] if not options else "| path | cosine, as given |"
-    assert path in text
+    assert f"| tokenizer | {Path(tokenizer).name} |" in text
+    if system == "dit":
+        assert "| path |" not in text
+    else:
+        assert ("| path | cosine, as given |" if options else "| path | unknown") in text
 
 
 @pytest.mark.slow
@@ -232,7 +234,7 @@ def test_generator_of_feature_maps(golden, tmp_path):
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
         norm_num_groups=4,
-        sample_size=16,
+        sample_size=8,  # of its training: it serves every size
     )
     vae.save_pretrained(tmp_path / "vae")
     pipeline = convert_pretrained(source, tmp_path / "out", tokenizer=tmp_path / "vae", path_type="linear")
@@ -418,7 +420,7 @@ def test_damaged_tokenizer(official_folder, tmp_path):
     convert_pretrained(official_folder("softvq_tokenizer"), tmp_path / "tokenizer")
     weights = tmp_path / "tokenizer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="`tokenizer` is .*, which cannot be loaded"):
+    with pytest.raises(ValueError, match="The tokenizer .* cannot be loaded"):
         convert_pretrained(official_folder("sit"), tmp_path / "out", tokenizer=tmp_path / "tokenizer")
     assert not (tmp_path / "out").exists()
 
@@ -460,6 +462,65 @@ def test_systems(official):
     for weights in ({"head.weight": torch.zeros(1)}, official("sit")[0] | official("softvq_tokenizer")[0]):
         with pytest.raises(ValueError, match="`system` cannot be told from keys"):
             detect_system(weights, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "sit",
+            {"num_heads": 0, "depth": "x"},
+            r"config\['depth'\].*'x', allowed: positive.*config\['num_heads'\].*is 0",
+        ),
+        ("sit", {"input_size": [10]}, r"config\['input_size'\]` is \[10\], allowed: positive integers"),
+        ("sit", {"mlp_ratio": "4"}, r"config\['mlp_ratio'\]` is '4', allowed: finite numbers"),
+        ("sit", {"mlp_ratio": None}, "`config` lacks mlp_ratio"),
+        ("softvq_tokenizer", {"vq_std": "a"}, r"config\['vq_std'\]` is 'a', allowed: finite numbers"),
+        ("softvq_tokenizer", {"encoder_model": 3}, r"config\['encoder_model'\]` is 3, allowed: text"),
+        ("softvq_tokenizer", {"encoder_override": [1]}, r"config\['encoder_override'\]` is \[1\], allowed: mappings"),
+        ("softvq_tokenizer", {"encoder_override": {"depth": -1}}, r"config\['depth'\]` is -1"),
+        (
+            "softvq_tokenizer",
+            {"codebook_l2_norm": "no"},
+            r"config\['codebook_l2_norm'\]` is 'no', allowed: true or false",
+        ),
+    ],
+)
+def test_config_of_the_wrong_kind(official, tmp_path, name, change, message):
+    weights, config = official(name)
+    source = write_folder(tmp_path / "official", weights, config | change)
+    with pytest.raises(ValueError, match=message):
+        convert_pretrained(source, tmp_path / "out", system="sit" if name == "sit" else "softvq")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_no_numbers(official, tmp_path):
+    weights, config = official("sit")
+    broken = weights | {"x_embedder.bias": weights["x_embedder.bias"].int()}
+    broken["final_layer.linear.bias"] = torch.full_like(weights["final_layer.linear.bias"], float("nan"))
+    with pytest.raises(ValueError, match=r"2 not finite numbers: final_layer.*\(NaN or infinite\), x_embedder.*int32"):
+        convert_pretrained(write_folder(tmp_path / "nan", broken, config), tmp_path / "out")
+    scalar = weights | {"x_embedder.weight": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match=r"`x_embedder` has a weight of shape \(\)"):
+        convert_pretrained(write_folder(tmp_path / "scalar", scalar, config), tmp_path / "out")
+    torch.save({0: weights["x_embedder.bias"]}, tmp_path / "numbers.pt")
+    with pytest.raises(ValueError, match="not tensors are 0"):
+        convert_pretrained(tmp_path / "numbers.pt", tmp_path / "out", config=config)
+
+
+def test_weights_in_half_precision(official, tmp_path):
+    weights, config = official("sit")
+    source = write_folder(tmp_path / "half", {key: value.bfloat16() for key, value in weights.items()}, config)
+    model = convert_pretrained(source, tmp_path / "out")
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(model.proj_out.weight, weights["final_layer.linear.weight"].bfloat16().float())
+
+
+def test_unknown_config_keys_are_named(official_folder, tmp_path, caplog):
+    for name in ("sit", "softvq_tokenizer"):
+        convert_pretrained(official_folder(name, colour="blue"), tmp_path / name)
+        assert "`config` holds colour, which no conversion rule knows" in caplog.text
+        caplog.clear()
 
 
 def test_given_system_decides(official_folder, official, tmp_path):
@@ -547,6 +608,9 @@ def test_output_folders_that_are_refused(official_folder, tmp_path, monkeypatch)
         with pytest.raises(ValueError, match="allowed: a folder that can be written"):
             convert_pretrained(source, unwritable)
     assert (tmp_path / "full" / "precious").read_text() == "x"
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(ValueError, match="volume', a mount point, allowed: a folder inside of it"):
+        convert_pretrained(source, tmp_path / "volume")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt()])
@@ -735,4 +799,7 @@ for source, message in (
     assert not (tmp_path / "failed").exists()
     loaded = [AutoencoderSoftVQ.from_pretrained(tmp_path / name) for name in ("out", "cached")]
     assert same_weights(*loaded)
-    assert "| source | user/tokenizer at v1 |" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "| source | user/tokenizer |\n| system | softvq |\n| revision | v1 |"
+        in (tmp_path / "out/README.md").read_text()
+    )

@@ -553,6 +553,8 @@ def test_push_and_load_from_the_hub(exported, hub, tmp_path):
     assert {"README.md", "metrics.jsonl", "pipeline_softvq.py", "vae/config.json"} <= files.keys()
     assert not [name for name in files if name.startswith(("checkpoint-", "logs", "."))]
     assert hub.commit_messages == ["Train SiT"]
+    card = files["README.md"].decode()
+    assert card.count("user/model") >= 3 and str(tmp_path) not in card  # it named the folder
 
     # Our class leaves the code in the repository alone, needs no flag, and works from the cache.
     load = (

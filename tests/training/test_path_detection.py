@@ -21,6 +21,7 @@ from softvq_hf.training.path_detection import detect_path_type, encode_images
 
 
 SHAPE = (8, 6)  # tokens and channels, as the reference tokenizer makes them
+RESOLUTION = 64
 NUM_CLASSES = 3
 
 
@@ -67,7 +68,7 @@ def test_path_of_trained_models(path_type, weighting):
     assert detection.path_type == path_type
     # the difference is no matter of chance
     assert abs(detection.errors["linear"] - detection.errors["cosine"]) > 6 * detection.standard_error
-    # the losses themselves say "linear" whatever the model was trained on
+    # the losses themselves say "linear" for all of these models
     assert detection.losses["linear"] < detection.losses["cosine"]
     again = detect_path_type(transformer, latents, batch_size=7)
     assert again.errors == pytest.approx(detection.errors) and again.losses == pytest.approx(detection.losses)
@@ -228,7 +229,7 @@ def test_converted_pipeline_has_the_path(tokenizer, images, tmp_path, path_type,
 def test_latents_of_images(tokenizer, images, tmp_path):
     weights, config, latents = tokenizer
     vae = convert_checkpoint("softvq", weights, config)
-    encoded, class_labels = encode_images(vae, images, 1000, NUM_CLASSES)
+    encoded, class_labels = encode_images(vae, images, 1000, NUM_CLASSES, RESOLUTION)
     torch.testing.assert_close(encoded, latents, atol=1e-4, rtol=0)
     assert class_labels is None
 
@@ -237,14 +238,15 @@ def test_latents_of_images(tokenizer, images, tmp_path):
         for file in sorted(images.iterdir())[4 * label : 4 * label + 4]:
             file.rename(tmp_path / "labelled" / str(label) / file.name)
     (tmp_path / "labelled" / "0" / "broken.png").write_bytes(b"no image")
-    encoded, class_labels = encode_images(vae, tmp_path / "labelled", 1000, NUM_CLASSES, batch_size=5)
+    encoded, class_labels = encode_images(vae, tmp_path / "labelled", 1000, NUM_CLASSES, RESOLUTION, batch_size=5)
     assert len(encoded) == 12 and class_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert encode_images(vae, tmp_path / "labelled", 1000, NUM_CLASSES + 1)[1] is None  # whose classes, nobody knows
+    # whose classes, nobody knows
+    assert encode_images(vae, tmp_path / "labelled", 1000, NUM_CLASSES + 1, RESOLUTION)[1] is None
 
     with pytest.raises(ValueError, match="holds 7 readable images, allowed to detect the path: 8 or more"):
-        encode_images(vae, tmp_path / "labelled", 7, NUM_CLASSES)
+        encode_images(vae, tmp_path / "labelled", 7, NUM_CLASSES, RESOLUTION)
     vae.register_to_config(scaling_factor=0.1)
     with pytest.raises(ValueError, match=r"standard deviation 0\.\d+ after normalisation, expected: about 1"):
-        encode_images(vae, images, 1000, NUM_CLASSES)
+        encode_images(vae, images, 1000, NUM_CLASSES, RESOLUTION)
     with pytest.raises(ValueError, match="nowhere"):
-        encode_images(vae, tmp_path / "nowhere", 1000, NUM_CLASSES)
+        encode_images(vae, tmp_path / "nowhere", 1000, NUM_CLASSES, RESOLUTION)

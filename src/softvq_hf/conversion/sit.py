@@ -9,29 +9,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 
+from softvq_hf.conversion.config import check_official_config
 from softvq_hf.conversion.state_dict import load_official_state_dict, strip_wrapper_prefixes
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 
 
-logger = logging.get_logger(__name__)
-
-# Every official config carries these; `learn_sigma` is DiT's, and `qk_norm` is absent where it is off.
-REQUIRED_CONFIG_KEYS = (
-    "input_size",
-    "in_channels",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "num_classes",
-    "class_dropout_prob",
-    "patch_size",
-    "vae_1d",
-)
+REQUIRED_CONFIG_KEYS = {
+    "input_size": int,
+    "in_channels": int,
+    "hidden_size": int,
+    "depth": int,
+    "num_heads": int,
+    "mlp_ratio": float,
+    "num_classes": int,
+    "class_dropout_prob": float,
+    "patch_size": int,
+    "vae_1d": bool,
+}
+# `learn_sigma` is DiT's, and `qk_norm` is absent where it is off
+OPTIONAL_CONFIG_KEYS = {"qk_norm": bool, "learn_sigma": bool}
 # These say nothing about the network: training settings, attention kernels, constructor leftovers, hub metadata.
-IGNORED_CONFIG_KEYS = {
+IGNORED_CONFIG_KEYS = (
     "decoder_hidden_size",
     "encoder_depth",
     "flash_attn",
@@ -45,7 +44,7 @@ IGNORED_CONFIG_KEYS = {
     "tags",
     "use_cfg",
     "z_dims",
-}
+)
 
 
 def convert_sit(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> DiTTransformer1DModel:
@@ -90,7 +89,7 @@ def convert_dit(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any
     Raises:
         ValueError: As [`convert_sit`], and if `learn_sigma` is missing from the config.
     """
-    if "learn_sigma" not in config:
+    if config.get("learn_sigma") is None:
         raise ValueError("`config` lacks learn_sigma: the number of output channels depends on it.")
     return _convert(state_dict, config, learn_sigma=config["learn_sigma"], timestep_scale=1.0)
 
@@ -98,6 +97,7 @@ def convert_dit(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any
 def _convert(
     state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], learn_sigma: bool, timestep_scale: float
 ) -> DiTTransformer1DModel:
+    config = check_official_config(config, REQUIRED_CONFIG_KEYS, OPTIONAL_CONFIG_KEYS, IGNORED_CONFIG_KEYS)
     model = DiTTransformer1DModel(
         **_convert_config(config),
         out_channels=2 * config["in_channels"] if learn_sigma else None,
@@ -112,6 +112,8 @@ def _convert(
         official[key] = tensor
 
     position_table = model.pos_embed.clone()
+    if "pos_embed" in official:  # stored in half precision it is the rounded table
+        position_table = position_table.to(official["pos_embed"].dtype).float()
     load_official_state_dict(model, official, _key_map(model), ignored_keys=(r"projectors\..*",))
 
     # the meta device has shapes, but no positions to compare
@@ -132,12 +134,6 @@ def _convert(
 
 def _convert_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the backbone in the vocabulary of [`DiTTransformer1DModel`]."""
-    missing = [key for key in REQUIRED_CONFIG_KEYS if key not in config]
-    if missing:
-        raise ValueError(f"`config` lacks {', '.join(missing)}: a transformer cannot be built without.")
-    unknown = set(config) - set(REQUIRED_CONFIG_KEYS) - IGNORED_CONFIG_KEYS - {"qk_norm", "learn_sigma"}
-    if unknown:
-        logger.warning(f"`config` holds {', '.join(sorted(unknown))}, which no conversion rule knows: ignored.")
     if config["hidden_size"] % config["num_heads"] != 0:
         raise ValueError(
             f"`config['hidden_size']` is {config['hidden_size']}, allowed: multiples of `num_heads` = "

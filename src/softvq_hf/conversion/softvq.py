@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 
+from softvq_hf.conversion.config import check_official_config
 from softvq_hf.conversion.state_dict import load_official_state_dict, strip_wrapper_prefixes
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 
@@ -29,8 +30,59 @@ MOVQ_BACKBONES = {
     "vit_base_patch14_dinov2_movqv2": (768, 12, 12, 0, "gelu"),
 }
 
-VIT_CONFIG_KEYS = ("encoder_model", "decoder_model", "num_latent_tokens")
-REQUIRED_CONFIG_KEYS = ("enc_type", "dec_type", *VIT_CONFIG_KEYS, "image_size", "codebook_embed_dim")
+REQUIRED_CONFIG_KEYS = {"enc_type": str, "dec_type": str, "image_size": int, "codebook_embed_dim": int}
+VIT_CONFIG_KEYS = {"encoder_model": str, "decoder_model": str, "num_latent_tokens": int}
+OPTIONAL_CONFIG_KEYS = {
+    "codebook_l2_norm": bool,
+    "codebook_size": int,
+    "dec_cls_token": bool,
+    "dec_patch_size": int,
+    "decoder_ch_mult": list,
+    "decoder_override": dict,
+    "enc_patch_size": int,
+    "enc_token_drop": float,
+    "encoder_ch_mult": list,
+    "encoder_override": dict,
+    "num_codebooks": int,
+    "rope_mixed": bool,
+    "rope_theta": float,
+    "tau": float,
+    "to_pixel": str,
+    "use_ape": bool,
+    "use_rope": bool,
+    "vq_mean": float,
+    "vq_std": float,
+    "z_channels": int,
+}
+# These say nothing about the network: training settings, pretrained parts, hub metadata.
+IGNORED_CONFIG_KEYS = (
+    "base_image_size",
+    "codebook_show_usage",
+    "commit_loss_beta",
+    "dec_drop_path_rate",
+    "dec_pretrained",
+    "dec_tuning_method",
+    "dropout_p",
+    "enc_drop_path_rate",
+    "enc_pretrained",
+    "enc_token_drop_max",
+    "enc_tuning_method",
+    "entropy_loss_ratio",
+    "kl_loss_weight",
+    "library_name",
+    "license",
+    "pipeline_tag",
+    "repa",
+    "repa_align",
+    "repa_layer_indices",
+    "repa_loss_weight",
+    "repa_model",
+    "repa_patch_size",
+    "repa_proj_dim",
+    "repo_url",
+    "tags",
+    "vq_loss_ratio",
+)
 
 # parts of the official model that only its training used, and buffers
 IGNORED_KEYS = (
@@ -66,11 +118,14 @@ def convert_softvq(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
     """
     state_dict = strip_wrapper_prefixes(state_dict)
     is_cnn = config.get("enc_type") == config.get("dec_type") == "cnn"
-    missing = [key for key in REQUIRED_CONFIG_KEYS if key not in config and not (is_cnn and key in VIT_CONFIG_KEYS)]
-    if missing:
-        raise ValueError(f"`config` lacks {', '.join(missing)}: a tokenizer cannot be built without.")
     if is_cnn:
+        config = check_official_config(
+            config, REQUIRED_CONFIG_KEYS, OPTIONAL_CONFIG_KEYS, (*VIT_CONFIG_KEYS, *IGNORED_CONFIG_KEYS)
+        )
         return _convert_cnn(state_dict, config)
+    config = check_official_config(
+        config, REQUIRED_CONFIG_KEYS | VIT_CONFIG_KEYS, OPTIONAL_CONFIG_KEYS, IGNORED_CONFIG_KEYS
+    )
     if (config["enc_type"], config["dec_type"]) != ("vit", "vit"):
         raise ValueError(
             f"`config` holds `enc_type` {config['enc_type']!r} and `dec_type` {config['dec_type']!r}, allowed: 'vit'"
@@ -93,7 +148,7 @@ def convert_softvq(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
         quantizer = "softvq"
     elif "quantize.embedding.weight" in state_dict:
         quantizer = "vq"
-    elif "quant_conv.bias" in state_dict and state_dict["quant_conv.bias"].shape[0] == 2 * latent_channels:
+    elif "quant_conv.bias" in state_dict and state_dict["quant_conv.bias"].shape == (2 * latent_channels,):
         quantizer = "kl"
     else:
         quantizer = "none"
@@ -166,7 +221,9 @@ def _backbone(
     if name.split(".")[0] not in backbones:
         raise ValueError(f"`config['{side}_model']` is {name!r}, allowed: {', '.join(backbones)}.")
     hidden_size, num_layers, num_attention_heads, num_register_tokens, activation_fn = backbones[name.split(".")[0]]
-    override = config.get(f"{side}_override") or {}
+    override = check_official_config(
+        config.get(f"{side}_override", {}), {}, {"embed_dim": int, "depth": int, "num_heads": int}
+    )
     arguments = {
         f"{side}_hidden_size": override.get("embed_dim", hidden_size),
         f"{side}_num_layers": override.get("depth", num_layers),
@@ -253,7 +310,7 @@ def _convert_cnn(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
     channels = {"encoder": 128, "decoder": 128}
     num_res_blocks = {"encoder": 2, "decoder": 2}
     for side in channels:
-        override = config.get(f"{side}_override") or {}
+        override = check_official_config(config.get(f"{side}_override", {}), {}, {"ch": int, "num_res_blocks": int})
         channels[side] = override.get("ch", channels[side])
         num_res_blocks[side] = override.get("num_res_blocks", num_res_blocks[side])
     multipliers = {

@@ -19,7 +19,8 @@ def strip_wrapper_prefixes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
 
     Raises:
         ValueError: If two keys become one and their tensors differ.
-        TypeError: If a value is not a tensor (a training file holds the weights one level deeper).
+        TypeError: If a key is not text, or a value is not a tensor (a training file holds the weights one level
+            deeper).
     """
     stripped = {}
     for key, tensor in state_dict.items():
@@ -28,6 +29,8 @@ def strip_wrapper_prefixes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
                 f"`state_dict[{key!r}]` is a {type(tensor).__name__}, allowed: tensors. A training file holds its"
                 " weights under a key such as 'ema' or 'model': pass that entry."
             )
+        if not isinstance(key, str):
+            raise TypeError(f"`state_dict` has the key {key!r}, allowed: text, the official names.")
         clean_key = re.sub(r"(^|\.)(?:(?:module|_orig_mod)\.)+", r"\1", key)
         if clean_key in stripped and not torch.equal(stripped[clean_key], tensor):
             raise ValueError(f"`state_dict` holds two different tensors for {clean_key!r} (one of them as {key!r}).")
@@ -56,7 +59,7 @@ def load_official_state_dict(
         `ModelMixin`: `model` in float32 and eval mode.
 
     Raises:
-        ValueError: Lists the missing, unexpected and mis-shaped official keys.
+        ValueError: Lists the missing, unexpected and mis-shaped official keys, and those without finite numbers.
     """
     own = model.state_dict()
     unmapped = own.keys() - {key for keys in key_map.values() for key in keys}
@@ -68,7 +71,7 @@ def load_official_state_dict(
     unexpected = [
         key for key in state_dict if key not in key_map and not any(pattern.fullmatch(key) for pattern in ignored)
     ]
-    mis_shaped = []
+    mis_shaped, not_finite = [], []
     converted = {}
     for official_key, keys in key_map.items():
         if official_key not in state_dict:
@@ -79,12 +82,21 @@ def load_official_state_dict(
         if tuple(tensor.shape) != expected_shape:
             mis_shaped.append(f"{official_key} (is {tuple(tensor.shape)}, should be {expected_shape})")
             continue
+        if not tensor.is_floating_point():
+            not_finite.append(f"{official_key} (of {tensor.dtype})")
+        elif not tensor.is_meta and not torch.isfinite(tensor).all():
+            not_finite.append(f"{official_key} (NaN or infinite)")
         for key, part in zip(keys, tensor.float().split(lengths), strict=True):
             converted[key] = part.contiguous()
 
     problems = [
         f"{len(keys)} {kind}: {', '.join(sorted(keys))}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", mis_shaped))
+        for kind, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("mis-shaped", mis_shaped),
+            ("not finite numbers", not_finite),
+        )
         if keys
     ]
     if problems:

@@ -4,6 +4,7 @@
 folder appears when it is complete, or not at all.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import SafetensorError
 from torchvision.models import ResNet50_Weights
 
 from softvq_hf.conversion import convert_checkpoint
@@ -26,7 +26,7 @@ from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from softvq_hf.training.generator import build_ddpm_scheduler
+from softvq_hf.training.generator import build_ddpm_scheduler, get_image_size, load_tokenizer
 from softvq_hf.training.hub import export_model, export_pipeline, generator_card, pipeline_card, tokenizer_card
 from softvq_hf.training.official_checkpoints import (
     detect_system,
@@ -132,7 +132,9 @@ def convert_pretrained(
         logger.info(f"{source}: detected the system {system!r}")
     _check_arguments_of_system(system, tokenizer, path_type, detect_path, beta_schedule)
     model = convert_checkpoint(system, state_dict, config)
-    record = {"source": f"{source}" if revision is None else f"{source} at {revision}", "system": system}
+    record = {"source": _public_name(source), "system": system}
+    if revision is not None:
+        record["revision"] = revision
     facts = {"repo_id": str(output_dir), "license": config.get("license")}
 
     if system in TOKENIZERS:
@@ -149,7 +151,7 @@ def convert_pretrained(
     if tokenizer is not None:
         vae = _load_tokenizer(tokenizer, hub_options)
         _check_latents(model, vae)
-        record["tokenizer"] = str(tokenizer)
+        record["tokenizer"] = _public_name(tokenizer)
         if published_tokenizer is not None and str(tokenizer) in published and str(tokenizer) != published_tokenizer:
             logger.warning(
                 f"{source} was trained on the latents of {published_tokenizer}, `tokenizer` is {tokenizer}: their"
@@ -170,7 +172,12 @@ def convert_pretrained(
 
     # 3. Its scheduler
     if detect_path:
-        latents, class_labels = encode_images(vae.to(device), images, num_images, model.config.num_classes)
+        height, width = get_image_size(vae, model)
+        if height != width:
+            raise ValueError(
+                f"`tokenizer` takes images of {height} x {width} pixels, allowed to detect the path: squares."
+            )
+        latents, class_labels = encode_images(vae.to(device), images, num_images, model.config.num_classes, height)
         detection = detect_path_type(model.to(device), latents, class_labels)
         for component in (model, vae):
             component.to("cpu")
@@ -243,10 +250,12 @@ def check_new_folder(output_dir: str | Path) -> None:
         output_dir (`str` or `Path`): The folder to make.
 
     Raises:
-        ValueError: If it is a file, is not empty, or nothing can be written where it should stand.
+        ValueError: If it is a file or a mount point, is not empty, or nothing can be written where it should stand.
     """
     path = Path(output_dir).resolve()
     try:
+        if path.is_mount():
+            raise ValueError(f"`output_dir` is {str(output_dir)!r}, a mount point, allowed: a folder inside of it.")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(
                 f"`output_dir` is {str(output_dir)!r}, allowed: a folder that does not exist, or is empty."
@@ -358,23 +367,8 @@ def _load_tokenizer(source: str | Path, hub_options: Mapping[str, Any]) -> Autoe
         config = read_json(download_file(source, "config.json", **hub_options), "`tokenizer`")
     elif (path / "config.json").is_file():
         config = read_json(path / "config.json", "`tokenizer`")
-
     if "_class_name" in config:
-        classes = {"AutoencoderSoftVQ": AutoencoderSoftVQ, "AutoencoderKL": AutoencoderKL}
-        if config["_class_name"] not in classes:
-            raise ValueError(
-                f"`tokenizer` is {str(source)!r}, a {config['_class_name']}, allowed: {' and '.join(classes)}."
-            )
-        try:
-            vae, keys = classes[config["_class_name"]].from_pretrained(
-                path if path.exists() else str(source), use_safetensors=True, output_loading_info=True, **hub_options
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"`tokenizer` is {str(source)!r}, which cannot be loaded: {error}") from error
-        wrong = {kind: names for kind, names in keys.items() if names}
-        if wrong:
-            raise ValueError(f"`tokenizer` is {str(source)!r}, whose weights do not fit its config: {wrong}.")
-        return vae.eval()
+        return load_tokenizer(str(path) if path.exists() else str(source), **hub_options)
 
     state_dict, config = load_official_checkpoint(source, **hub_options)
     if not is_tokenizer(state_dict):
@@ -394,15 +388,14 @@ def _load_tokenizer(source: str | Path, hub_options: Mapping[str, Any]) -> Autoe
 
 
 def _check_latents(transformer: DiTTransformer1DModel, vae: AutoencoderSoftVQ | AutoencoderKL) -> None:
-    """Generator and tokenizer must speak of the same latents."""
+    """Generator and tokenizer must speak of the same latents; an `AutoencoderKL` serves every size."""
     config = transformer.config
     if config.sample_size is not None:
-        makes = f"feature maps of {config.in_channels} channels, {config.sample_size} x {config.sample_size}"
+        makes = f"feature maps of {config.in_channels} channels"
     else:
         makes = f"{config.num_tokens} tokens of {config.in_channels} channels"
     if isinstance(vae, AutoencoderKL):
-        size = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
-        takes = f"feature maps of {vae.config.latent_channels} channels, {size} x {size}"
+        takes = f"feature maps of {vae.config.latent_channels} channels"
     else:
         takes = f"{vae.config.num_latent_tokens} tokens of {vae.config.latent_channels} channels"
     if makes != takes:
@@ -423,11 +416,22 @@ def _read_id2label(id2label: str | Path | Mapping[Any, str] | None) -> dict[int,
         raise ValueError(f"`id2label` has keys that are no class ids: {error}") from error
 
 
+def _public_name(source: str | Path) -> str:
+    """What a card says of a source: of a file or folder here its name, not its path."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else str(source)
+
+
 def _plain_card(model: ModelMixin, repo_id: str, license: str | None) -> ModelCard:
     """The card of a tokenizer whose class is one of diffusers."""
+    name = type(model).__name__
     data = ModelCardData(license=license, library_name="diffusers", tags=["softvq-hf", "image-tokenizer"])
-    use = f"An image tokenizer: `diffusers.{type(model).__name__}.from_pretrained({repo_id!r})`."
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id}\n\n{use}\n\n")
+    code = f"from diffusers import {name}\n\nvae = {name}.from_pretrained({json.dumps(repo_id)})"
+    config = json.dumps(json.loads(model.to_json_string()), indent=2)
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {repo_id}\n\nA convolutional image tokenizer, a `{name}` of diffusers.\n\n"
+        f"## Use\n\n```python\n{code}\n```\n\n## Configuration\n\n```json\n{config}\n```\n"
+    )
 
 
 def _add_conversion(card: ModelCard, record: Mapping[str, str]) -> None:

@@ -1,32 +1,43 @@
 """What training a generator, finding its path and converting it share: a tokenizer's latents, and the DDPM chain."""
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
+from safetensors import SafetensorError
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 
 
-def load_tokenizer(name_or_path: str) -> AutoencoderSoftVQ | AutoencoderKL:
+def load_tokenizer(name_or_path: str, **hub_options: Any) -> AutoencoderSoftVQ | AutoencoderKL:
     """
     Load a tokenizer of this library or diffusers' `AutoencoderKL`, as its config says.
 
     Args:
         name_or_path (`str`): A folder or a Hub repository.
+        hub_options: `token`, `cache_dir` and `local_files_only`, as in [`~diffusers.ModelMixin.from_pretrained`].
 
     Returns:
-        [`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`].
+        [`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]: in eval mode.
 
     Raises:
-        ValueError: If it is another model.
+        ValueError: If it is another model, or its weights cannot be read or do not fit its config.
         OSError: If there is none.
     """
-    class_name = AutoencoderSoftVQ.load_config(name_or_path).get("_class_name")
-    for tokenizer_class in (AutoencoderSoftVQ, AutoencoderKL):
-        if tokenizer_class.__name__ == class_name:
-            return tokenizer_class.from_pretrained(name_or_path)
-    raise ValueError(
-        f"The tokenizer {name_or_path!r} is a {class_name}, allowed: AutoencoderSoftVQ and AutoencoderKL."
-    )
+    class_name = AutoencoderSoftVQ.load_config(name_or_path, **hub_options).get("_class_name")
+    classes = {"AutoencoderSoftVQ": AutoencoderSoftVQ, "AutoencoderKL": AutoencoderKL}
+    if class_name not in classes:
+        raise ValueError(f"The tokenizer {name_or_path!r} is a {class_name}, allowed: {' and '.join(classes)}.")
+    try:
+        vae, keys = classes[class_name].from_pretrained(
+            name_or_path, use_safetensors=True, output_loading_info=True, **hub_options
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"The tokenizer {name_or_path!r} cannot be loaded: {error}") from error
+    wrong = {kind: names for kind, names in keys.items() if names}
+    if wrong:
+        raise ValueError(f"The tokenizer {name_or_path!r} has weights that do not fit its config: {wrong}.")
+    return vae.eval()
 
 
 def get_latent_shape(vae: AutoencoderSoftVQ | AutoencoderKL, resolution: int) -> tuple[int, ...]:
@@ -45,10 +56,32 @@ def get_latent_shape(vae: AutoencoderSoftVQ | AutoencoderKL, resolution: int) ->
     """
     if not isinstance(vae, AutoencoderKL):
         return vae.config.num_latent_tokens, vae.config.latent_channels
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = _downsampling_factor(vae)
     if resolution % factor != 0:
         raise ValueError(f"`resolution` is {resolution}, allowed for this tokenizer: multiples of {factor}.")
     return vae.config.latent_channels, resolution // factor, resolution // factor
+
+
+def get_image_size(vae: ModelMixin, transformer: ModelMixin | None = None) -> tuple[int, int]:
+    """
+    Height and width of the images that a tokenizer decodes.
+
+    Args:
+        vae ([`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]): The tokenizer.
+        transformer ([`DiTTransformer1DModel`], *optional*):
+            The generator of its latents, which decides the size where the tokenizer is an `AutoencoderKL`.
+
+    Returns:
+        `tuple[int, int]`: pixels.
+    """
+    sample_size = vae.config.sample_size
+    if isinstance(vae, AutoencoderKL) and transformer is not None:
+        sample_size = transformer.config.sample_size * _downsampling_factor(vae)
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+
+def _downsampling_factor(vae: AutoencoderKL) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def encode_latents(

@@ -20,6 +20,8 @@ from typing import Any, TypedDict, Unpack
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists, upload_folder
 
+from softvq_hf.training.generator import get_image_size
+
 
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -154,7 +156,8 @@ def push_folder(
 ) -> str:
     """
     Upload a folder to a model repository on the Hub, which is made if needed. Training checkpoints (`checkpoint-*`),
-    tracker files (`logs`) and hidden files stay behind.
+    tracker files (`logs`) and hidden files stay behind. A card that was written for a folder, with its path in the
+    title and in the code, is changed to name the repository.
 
     Args:
         repo_id (`str`): The repository, `"user/name"`; without a user, one's own.
@@ -177,6 +180,11 @@ def push_folder(
             "`export_pipeline` and `export_model` write it."
         )
     repo = create_repo(repo_id, token=token, private=private, exist_ok=True)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    title = re.search(r"^# (.+)$", card, flags=re.MULTILINE)
+    if title is not None and title[1] != repo.repo_id and Path(title[1]).expanduser().exists():
+        card = card.replace(json.dumps(title[1]), json.dumps(repo.repo_id)).replace(title[1], repo.repo_id)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     commit = upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,
@@ -242,7 +250,7 @@ def tokenizer_card(tokenizer: ModelMixin, *, repo_id: str, **facts: Unpack[CardF
         ValueError: If `metrics` come without a data set or without `evaluation_protocol`.
     """
     config = tokenizer.config
-    height, width = _image_size(tokenizer)
+    height, width = get_image_size(tokenizer)
     return _model_card(
         kind="tokenizer",
         pipeline_tag="image-feature-extraction",
@@ -339,7 +347,7 @@ def pipeline_card(pipeline: DiffusionPipeline, *, repo_id: str, **facts: Unpack[
         ValueError: If `metrics` come without a data set or without `evaluation_protocol`.
     """
     transformer, vae = pipeline.transformer, pipeline.vae
-    height, width = _image_size(vae, transformer)
+    height, width = get_image_size(vae, transformer)
     is_ddpm = _is_ddpm(pipeline.scheduler)
     return _model_card(
         kind="pipeline",
@@ -499,14 +507,6 @@ def _tokenizer_system(vae: ModelMixin) -> str:
     if config.quantizer == "none" and (config.decoder_type == "movq" or config.encoder_mask_token):
         return "[MAETok](https://arxiv.org/abs/2502.03444)"
     return "[SoftVQ-VAE](https://arxiv.org/abs/2412.10958)"
-
-
-def _image_size(vae: ModelMixin, transformer: ModelMixin | None = None) -> tuple[int, int]:
-    """Height and width of the images of a tokenizer, which for AutoencoderKL follow from its generator's latents."""
-    sample_size = vae.config.sample_size
-    if "num_latent_tokens" not in vae.config:
-        sample_size = transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
 
 
 def _latent_shape(transformer: ModelMixin) -> tuple[int, ...]:

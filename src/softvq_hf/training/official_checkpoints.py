@@ -28,8 +28,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from softvq_hf.conversion.sit import REQUIRED_CONFIG_KEYS as GENERATOR_CONFIG_KEYS
-from softvq_hf.conversion.softvq import REQUIRED_CONFIG_KEYS as TOKENIZER_CONFIG_KEYS
+from softvq_hf.conversion import sit, softvq
 from softvq_hf.conversion.state_dict import strip_wrapper_prefixes
 
 
@@ -130,7 +129,11 @@ def detect_system(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, A
     if is_tokenizer(state_dict):
         return "softvq"
     embedding = state_dict.get("x_embedder.weight", state_dict.get("x_embedder.proj.weight"))
-    inputs, outputs = embedding[0].numel(), len(state_dict["final_layer.linear.weight"])
+    projection = state_dict["final_layer.linear.weight"]
+    for name, tensor in (("x_embedder", embedding), ("final_layer.linear", projection)):
+        if tensor.ndim < 2:
+            raise ValueError(f"`{name}` has a weight of shape {tuple(tensor.shape)}, allowed: a matrix or a kernel.")
+    inputs, outputs = embedding[0].numel(), len(projection)
     if "learn_sigma" not in config and outputs != 2 * inputs:
         return "sit"
     sit_keys = [key for key in SIT_CONFIG_KEYS if key in config]
@@ -247,16 +250,16 @@ def _load_training_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it names {found[1]}, which is neither a tensor nor plain data" if found else str(error)
+        what = f"it names {found[1]}, which is" if found else "it holds a pickle that is"
         raise ValueError(
-            f"{path} is refused: {what}. Reading it would run code from the file, which could do anything. Allowed:"
-            " tensors and plain data. If you trust the file, save its weights alone where it was made:"
-            " torch.save({'ema': checkpoint['ema']}, 'weights.pt')."
+            f"{path} is refused: {what} neither a tensor nor plain data. Reading it would run code from the file,"
+            " which could do anything. Allowed: tensors and plain data. If you trust the file, save its weights alone"
+            " where it was made: torch.save({'ema': checkpoint['ema']}, 'weights.pt')."
         ) from error
     except Exception as error:  # what torch raises on damaged files is not documented
         raise ValueError(
-            f"{path} cannot be read as a file of torch.save: it is truncated, damaged or of another kind."
-            f" {type(error).__name__}: {error}"
+            f"{path} cannot be read as weights: it is truncated, damaged or of another kind than the files of"
+            f" torch.save ({type(error).__name__})."
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, allowed: a dictionary with 'ema' or 'model'.")
@@ -269,7 +272,9 @@ def _load_training_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
         weights = content[weights]
     else:
         weights = content
-    others = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    others = [
+        name for name, value in weights.items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)
+    ]
     if others or not weights:
         raise ValueError(
             f"{path} holds no weights where they are expected, under 'ema' or 'model' or at the top: its entries are"
@@ -283,9 +288,9 @@ def _load_training_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
 def _config_from_args(path: Path, state_dict: Mapping[str, torch.Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a training file that comes without one, if the arguments of its run hold it."""
     if is_tokenizer(state_dict):
-        required, optional = TOKENIZER_CONFIG_KEYS, args.keys()
+        required, optional = softvq.REQUIRED_CONFIG_KEYS | softvq.VIT_CONFIG_KEYS, softvq.OPTIONAL_CONFIG_KEYS
     else:
-        required, optional = GENERATOR_CONFIG_KEYS, ("qk_norm", "learn_sigma")
+        required, optional = sit.REQUIRED_CONFIG_KEYS, sit.OPTIONAL_CONFIG_KEYS
     missing = [key for key in required if key not in args]
     if missing:
         raise ValueError(

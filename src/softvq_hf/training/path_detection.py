@@ -27,7 +27,12 @@ TIMES_PER_IMAGE = 4
 
 @torch.no_grad()
 def encode_images(
-    vae: AutoencoderSoftVQ | AutoencoderKL, images: str | Path, num_images: int, num_classes: int, batch_size: int = 16
+    vae: AutoencoderSoftVQ | AutoencoderKL,
+    images: str | Path,
+    num_images: int,
+    num_classes: int,
+    resolution: int,
+    batch_size: int = 16,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Normalised latents of centre crops, as a generator is trained on.
@@ -37,6 +42,7 @@ def encode_images(
         images (`str` or `Path`): What [`load_image_dataset`] takes.
         num_images (`int`): At most so many images, spread over all of them.
         num_classes (`int`): Classes of the generator.
+        resolution (`int`): Side of the square images in pixels.
         batch_size (`int`, *optional*, defaults to 16): Images per forward pass.
 
     Returns:
@@ -44,16 +50,9 @@ def encode_images(
         class ids of shape `(N,)`, or `None` if the images have no labels or another number of classes.
 
     Raises:
-        ValueError: If the images cannot be loaded, there are too few, the tokenizer is not square, or the latents are
-            far from unit variance.
+        ValueError: If the images cannot be loaded, there are too few, or the latents are far from unit variance.
     """
-    sample_size = vae.config.sample_size
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    if height != width:
-        raise ValueError(
-            f"`tokenizer` takes images of {height} x {width} pixels, allowed to detect the path: squares."
-        )
-    options = {"resolution": height, "train": False, "max_samples": num_images}
+    options = {"resolution": resolution, "train": False, "max_samples": num_images}
     try:
         dataset = load_image_dataset(str(images), **options)
     except ValueError:  # no labels; whatever else is wrong, the second call says it
@@ -126,8 +125,8 @@ def detect_path_type(
     Find the path that a SiT was trained on, by how well it denoises under either.
 
     The flow-matching losses themselves must not be compared: their targets differ in size, and on the cosine path the
-    loss is the larger one even for a model that was trained on it. But at the same ratio q of noise to data both paths
-    show the model the same noisy latents up to a factor, and the velocity implies an estimate of data and noise,
+    loss may be the larger one even for a model that was trained on it. But at the same ratio q of noise to data both
+    paths show the model the same noisy latents up to a factor, and the velocity implies an estimate of data and noise,
 
         x = (s' x_t - s v) / (a s' - a' s),    e = (a v - a' x_t) / (a s' - a' s).
 
