@@ -397,7 +397,9 @@ def test_no_key_can_be_missing(reference, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": None}, "lacks image_size"),
+        ({"encoder_model": None}, "lacks encoder_model"),
+        ({"image_size": None}, "mis-shaped: .*encoder.model.pos_embed"),
+        ({"num_latent_tokens": None}, "mis-shaped: .*encoder.latent_tokens"),
         ({"decoder_model": "resnet50"}, "decoder_model.*'resnet50'"),
         ({"enc_type": "cnn"}, "enc_type.*'cnn'"),
         ({"enc_type": "cnn", "dec_type": "cnn"}, "no `quantize.embedding.weight`, allowed: VQ"),

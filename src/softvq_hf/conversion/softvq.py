@@ -30,9 +30,11 @@ MOVQ_BACKBONES = {
     "vit_base_patch14_dinov2_movqv2": (768, 12, 12, 0, "gelu"),
 }
 
-REQUIRED_CONFIG_KEYS = {"enc_type": str, "dec_type": str, "image_size": int, "codebook_embed_dim": int}
-VIT_CONFIG_KEYS = {"encoder_model": str, "decoder_model": str, "num_latent_tokens": int}
+REQUIRED_CONFIG_KEYS = {"enc_type": str, "dec_type": str}
+VIT_CONFIG_KEYS = {"encoder_model": str, "decoder_model": str}
+# where they are absent, the official code takes its defaults
 OPTIONAL_CONFIG_KEYS = {
+    "codebook_embed_dim": int,
     "codebook_l2_norm": bool,
     "codebook_size": int,
     "dec_cls_token": bool,
@@ -43,7 +45,9 @@ OPTIONAL_CONFIG_KEYS = {
     "enc_token_drop": float,
     "encoder_ch_mult": list,
     "encoder_override": dict,
+    "image_size": int,
     "num_codebooks": int,
+    "num_latent_tokens": int,
     "rope_mixed": bool,
     "rope_theta": float,
     "tau": float,
@@ -143,7 +147,7 @@ def convert_softvq(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
         raise ValueError(f"`config['to_pixel']` is {pixel_head!r}, allowed: 'linear', 'conv', 'siren'.")
     decoder_cls_token = config.get("dec_cls_token", True)
 
-    latent_channels = config["codebook_embed_dim"]
+    latent_channels = config.get("codebook_embed_dim", 8)
     if "quantize.embedding" in state_dict:
         quantizer = "softvq"
     elif "quantize.embedding.weight" in state_dict:
@@ -164,10 +168,10 @@ def convert_softvq(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
             " official position table has a row for the class token."
         )
     model = AutoencoderSoftVQ(
-        sample_size=config["image_size"],
+        sample_size=config.get("image_size", 256),
         encoder_patch_size=config.get("enc_patch_size", 16),
         decoder_patch_size=config.get("dec_patch_size", 16),
-        num_latent_tokens=config["num_latent_tokens"],
+        num_latent_tokens=config.get("num_latent_tokens", 256),
         latent_channels=latent_channels,
         quantizer=quantizer,
         codebook_size=config.get("codebook_size", 16384),
@@ -204,12 +208,18 @@ def _latent_statistics(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _split_heads(model: AutoencoderSoftVQ, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Official rotary frequencies `(2, layers, heads * head_dim / 2)` with an axis for the heads, where they fit."""
+    """Official rotary frequencies `(2, layers, heads * head_dim / 2)` with an axis for the heads."""
     state_dict = dict(state_dict)
     for side, transformer in (("encoder", model.encoder), ("decoder", model.decoder)):
         key, own = f"{side}.freqs", transformer.rope.frequencies
-        if own is not None and key in state_dict and state_dict[key].shape == own.flatten(2).shape:
-            state_dict[key] = state_dict[key].unflatten(2, own.shape[2:])
+        if own is None or key not in state_dict:
+            continue
+        if state_dict[key].shape != own.flatten(2).shape:
+            raise ValueError(
+                f"`state_dict` does not fit the config of AutoencoderSoftVQ. 1 mis-shaped: {key} (is"
+                f" {tuple(state_dict[key].shape)}, should be {tuple(own.flatten(2).shape)})."
+            )
+        state_dict[key] = state_dict[key].unflatten(2, own.shape[2:])
     return state_dict
 
 
@@ -305,7 +315,7 @@ def _convert_cnn(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
     if "quantize.embedding.weight" not in state_dict:
         raise ValueError(
             "`state_dict` has no `quantize.embedding.weight`, allowed: VQ for a convolutional encoder and decoder"
-            " (`enc_type` 'cnn'); the others were never released and do not run in the official code."
+            " (`enc_type` 'cnn'); its twins were never released."
         )
     channels = {"encoder": 128, "decoder": 128}
     num_res_blocks = {"encoder": 2, "decoder": 2}
@@ -337,9 +347,9 @@ def _convert_cnn(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, An
         block_out_channels=[channels["encoder"] * multiplier for multiplier in multipliers["encoder"]],
         layers_per_block=num_res_blocks["encoder"],
         latent_channels=config.get("z_channels", 256),
-        vq_embed_dim=config["codebook_embed_dim"],
+        vq_embed_dim=config.get("codebook_embed_dim", 8),
         num_vq_embeddings=config.get("codebook_size", 16384),
-        sample_size=config["image_size"],
+        sample_size=config.get("image_size", 256),
         scaling_factor=_latent_statistics(config)["scaling_factor"],
     )
     # attention projections are 1 x 1 convolutions officially, linear layers in diffusers

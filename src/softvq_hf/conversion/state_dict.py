@@ -32,7 +32,7 @@ def strip_wrapper_prefixes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
         if not isinstance(key, str):
             raise TypeError(f"`state_dict` has the key {key!r}, allowed: text, the official names.")
         clean_key = re.sub(r"(^|\.)(?:(?:module|_orig_mod)\.)+", r"\1", key)
-        if clean_key in stripped and not torch.equal(stripped[clean_key], tensor):
+        if clean_key in stripped and not tensor.is_meta and not torch.equal(stripped[clean_key], tensor):
             raise ValueError(f"`state_dict` holds two different tensors for {clean_key!r} (one of them as {key!r}).")
         stripped[clean_key] = tensor
     return stripped
@@ -66,6 +66,11 @@ def load_official_state_dict(
     if unmapped:
         raise KeyError(f"The key map of {type(model).__name__} has no entry for {sorted(unmapped)}.")
 
+    if any(tensor.is_meta for tensor in state_dict.values()) and not any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(
+            "`state_dict` holds tensors without values (on the meta device), allowed: tensors with values, or"
+            " conversion inside of `with torch.device('meta')`."
+        )
     ignored = [re.compile(pattern) for pattern in ignored_keys]
     missing = [key for key in key_map if key not in state_dict]
     unexpected = [
