@@ -19,17 +19,7 @@ from softvq_hf.training.hub import export_pipeline
 
 REPOSITORY = Path(__file__).parents[2]
 
-# From here on, `softvq_hf` cannot be imported, as on a machine where it is not installed.
-BLOCK_SOFTVQ_HF = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "softvq_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-"""
+BLOCK_SOFTVQ_HF = (Path(__file__).parents[1] / "fixtures/block_softvq_hf.py").read_text()
 
 GENERATE = """
 import numpy, sys, torch

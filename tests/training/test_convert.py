@@ -32,6 +32,7 @@ from softvq_hf.training.convert import convert_pretrained
 from softvq_hf.training.official_checkpoints import detect_system, load_official_checkpoint
 
 
+BLOCK_SOFTVQ_HF = (Path(__file__).parents[1] / "fixtures/block_softvq_hf.py").read_text()
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
@@ -194,17 +195,14 @@ def test_pipeline(official_folder, tmp_path, system, options, scheduler):
 def test_plain_diffusers_loads_the_pipeline(official_folder, tmp_path):
     tokenizer = official_folder("softvq_tokenizer", vq_std=0.3)
     convert_pretrained(official_folder("sit"), tmp_path / "out", tokenizer=tokenizer, path_type="linear")
-    code = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "softvq_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocker())
+    code = (
+        BLOCK_SOFTVQ_HF
+        + """
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("out", trust_remote_code=True)
 assert pipeline([0, 1], num_inference_steps=2, output_type="np").images.shape == (2, 64, 64, 3)
 """
+    )
     run([sys.executable, "-c", code], tmp_path, HF_HUB_OFFLINE="1")
 
 
