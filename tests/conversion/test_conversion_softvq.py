@@ -326,6 +326,10 @@ def test_convolutional_tokenizer_is_a_vq_model_of_diffusers(golden):
         ({"encoder_model": "vit_small_patch14_dinov2_movqv2"}, "encoder_model.*'vit_small_patch14_dinov2_movqv2'"),
         ({"encoder_override": {"embed_dim": 32, "depth": 2, "num_heads": 4}}, None),
         ({"image_size": 32}, "mis-shaped: encoder.model.pos_embed"),
+        (
+            {"encoder_override": {"embed_dim": 48, "depth": 2, "num_heads": 2}},
+            r"mis-shaped: .*encoder.freqs \(is \(2, 2, 16\), should be \(2, 2, 24\)\), encoder.latent_pos_embed",
+        ),
     ],
 )
 def test_maetok_config_that_contradicts_the_weights(reference, change, message):

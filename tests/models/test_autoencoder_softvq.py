@@ -177,8 +177,8 @@ def test_rotary_embedding_turns_pairs_by_column_and_row():
 
 def test_mixed_frequencies_start_on_perpendicular_axes():
     rope = SoftVQRotaryEmbedding(num_layers=2, num_attention_heads=3, head_dim=8, theta=10.0, mixed=True)
-    assert rope.frequencies.shape == (2, 2, 3, 4) and rope.frequencies.requires_grad
-    x, y = rope.frequencies.detach()
+    assert rope.frequencies.shape == (2, 2, 12) and rope.frequencies.requires_grad
+    x, y = rope.frequencies.detach().unflatten(2, (3, 4))
     magnitudes = torch.tensor([1.0, 10.0**-0.5, 1.0, 10.0**-0.5]).expand(2, 3, 4)
     torch.testing.assert_close(torch.hypot(x, y), magnitudes, atol=1e-6, rtol=0)
     first, second = (x[..., :2], y[..., :2]), (x[..., 2:], y[..., 2:])

@@ -783,3 +783,33 @@ def test_push_refuses_what_is_no_model_folder(tmp_path):
     for folder in (tmp_path / "missing", tmp_path):
         with pytest.raises(ValueError, match="`folder` is .*, allowed: an existing folder with a model card"):
             push_folder("user/model", folder)
+
+
+def test_pushed_card_names_the_repository_and_nothing_else_changes(hub, tmp_path):
+    """Also where the name of the folder is part of many words."""
+    run_python(
+        """
+from pathlib import Path
+from softvq_hf import AutoencoderSoftVQ
+from softvq_hf.training.hub import export_model, push_folder, tokenizer_card
+vae = AutoencoderSoftVQ(
+    sample_size=16, encoder_patch_size=8, decoder_patch_size=8, num_latent_tokens=4, num_codebooks=2, codebook_size=8,
+    latent_channels=4, encoder_hidden_size=16, encoder_num_layers=1, encoder_num_attention_heads=2,
+    decoder_hidden_size=16, decoder_num_layers=1, decoder_num_attention_heads=2,
+)
+card = tokenizer_card(
+    vae, repo_id="to", dataset_name="photographs", metrics={"psnr": 20.0}, evaluation_protocol="PSNR in dB."
+)
+export_model(vae, "to", card)
+before = Path("to/README.md").read_text()
+push_folder("model", "to", token="hf_write")
+after = Path("to/README.md").read_text()
+assert "# user/model" in after and 'from_pretrained("user/model"' in after and "name: user/model" in after
+names = ["# user/model", 'from_pretrained("user/model"', "name: user/model"]
+for name in names:
+    after = after.replace(name, name.replace("user/model", "to"))
+assert after == before
+""",
+        tmp_path,
+        HF_ENDPOINT=hub.address,
+    )

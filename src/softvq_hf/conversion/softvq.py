@@ -192,11 +192,9 @@ def convert_softvq(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, 
         pixel_head=pixel_head,
         **_latent_statistics(config),
     )
-    if use_rope:
-        # in the checkpoint, not in use
-        state_dict.pop("decoder.model.pos_embed", None)
-        state_dict = _split_heads(model, state_dict)
-    return load_official_state_dict(model, state_dict, _key_map(model), IGNORED_KEYS)
+    # a decoder with rotary positions carries a table that is not in use
+    ignored_keys = (*IGNORED_KEYS, r"decoder\.model\.pos_embed") if use_rope else IGNORED_KEYS
+    return load_official_state_dict(model, state_dict, _key_map(model), ignored_keys)
 
 
 def _latent_statistics(config: Mapping[str, Any]) -> dict[str, float]:
@@ -205,22 +203,6 @@ def _latent_statistics(config: Mapping[str, Any]) -> dict[str, float]:
     if not vq_std > 0:
         raise ValueError(f"`config['vq_std']` is {vq_std!r}, allowed: numbers above 0.")
     return {"shift_factor": config.get("vq_mean", 0.0), "scaling_factor": 1.0 / vq_std}
-
-
-def _split_heads(model: AutoencoderSoftVQ, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Official rotary frequencies `(2, layers, heads * head_dim / 2)` with an axis for the heads."""
-    state_dict = dict(state_dict)
-    for side, transformer in (("encoder", model.encoder), ("decoder", model.decoder)):
-        key, own = f"{side}.freqs", transformer.rope.frequencies
-        if own is None or key not in state_dict:
-            continue
-        if state_dict[key].shape != own.flatten(2).shape:
-            raise ValueError(
-                f"`state_dict` does not fit the config of AutoencoderSoftVQ. 1 mis-shaped: {key} (is"
-                f" {tuple(state_dict[key].shape)}, should be {tuple(own.flatten(2).shape)})."
-            )
-        state_dict[key] = state_dict[key].unflatten(2, own.shape[2:])
-    return state_dict
 
 
 def _backbone(

@@ -155,7 +155,7 @@ class SoftVQRotaryEmbedding(nn.Module):
             angle = 2.0 * math.pi * torch.rand(num_layers, num_attention_heads, 1)
             x = torch.cat([magnitude * angle.cos(), magnitude * (angle + math.pi / 2).cos()], dim=-1)
             y = torch.cat([magnitude * angle.sin(), magnitude * (angle + math.pi / 2).sin()], dim=-1)
-            self.frequencies = nn.Parameter(torch.stack([x, y]))  # (2, layers, heads, head_dim / 2)
+            self.frequencies = nn.Parameter(torch.stack([x, y]).flatten(2))  # (2, layers, heads * head_dim / 2)
         else:
             self.frequencies = None
 
@@ -184,7 +184,7 @@ class SoftVQRotaryEmbedding(nn.Module):
             frequencies = torch.stack([torch.cat([magnitude, zeros]), torch.cat([zeros, magnitude])])[:, None, None]
             frequencies = frequencies.expand(-1, self.num_layers, -1, -1)
         else:
-            frequencies = self.frequencies.float()
+            frequencies = self.frequencies.float().unflatten(2, (-1, self.head_dim // 2))
         rows = torch.arange(grid_size[0], dtype=torch.float32, device=device)
         columns = torch.arange(grid_size[1], dtype=torch.float32, device=device)
         y, x = torch.meshgrid(rows, columns, indexing="ij")

@@ -180,11 +180,7 @@ def push_folder(
             "`export_pipeline` and `export_model` write it."
         )
     repo = create_repo(repo_id, token=token, private=private, exist_ok=True)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    title = re.search(r"^# (.+)$", card, flags=re.MULTILINE)
-    if title is not None and title[1] != repo.repo_id and Path(title[1]).expanduser().exists():
-        card = card.replace(json.dumps(title[1]), json.dumps(repo.repo_id)).replace(title[1], repo.repo_id)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    _name_repository(folder / "README.md", repo.repo_id)
     commit = upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,
@@ -194,6 +190,19 @@ def push_folder(
         ignore_patterns=["checkpoint-*/**", "logs/**", ".*", "**/.*"],
     )
     return commit.pr_url or str(repo)
+
+
+def _name_repository(card_file: Path, repo_id: str) -> None:
+    """Let a card that names a folder of this machine, in its title and its code, name the repository."""
+    card = ModelCard.load(card_file)
+    title = re.search(r"^# (.+)$", card.text, flags=re.MULTILINE)
+    if title is None or title[1] == repo_id or not Path(title[1]).expanduser().exists():
+        return
+    text = card.text.replace(title[0], f"# {repo_id}", 1)
+    card.text = text.replace(f"from_pretrained({json.dumps(title[1])}", f"from_pretrained({json.dumps(repo_id)}")
+    if card.data.model_name == title[1]:
+        card.data.model_name = repo_id
+    card.save(card_file)
 
 
 # Cards
