@@ -176,3 +176,22 @@ def test_two_processes_are_one_batch(tensors, tmp_path):
 
 def test_adversarial_weight_starts_at_its_step():
     assert [adversarial_weight(step, 0.2, 100) for step in (0, 99, 100, 101)] == [0.0, 0.0, 0.2, 0.2]
+
+
+def test_adversarial_weight_grows_from_its_start():
+    weights = [adversarial_weight(step, 0.2, 100, warmup_steps=4) for step in (99, 100, 101, 103, 104, 5000)]
+    assert weights == pytest.approx([0.0, 0.05, 0.1, 0.2, 0.2, 0.2])
+    # Steps are counted from 1: a start at 0 is one at the first step.
+    assert [adversarial_weight(1, 0.2, start, warmup_steps=4) for start in (0, 1)] == pytest.approx([0.05, 0.05])
+    with pytest.raises(ValueError, match="`warmup_steps` is -1"):
+        adversarial_weight(1, 0.2, 0, warmup_steps=-1)
+
+
+def test_consistency_is_zero_where_augmentation_changes_nothing():
+    """Over real and fake alike, and with gradients on both sides."""
+    real, fake, strong_real, strong_fake = torch.randn(4, 3, 5, requires_grad=True).unbind()
+    assert consistency_loss(real, fake, real, fake) == 0
+    loss = consistency_loss(real, fake, strong_real, strong_fake)
+    assert_close(loss, ((real - strong_real).square().mean() + (fake - strong_fake).square().mean()).detach() / 2)
+    for gradient in torch.autograd.grad(loss, (real, fake, strong_real, strong_fake)):
+        assert gradient.abs().sum() > 0

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from softvq_hf.losses.augmentation import (
+    STRONG_AUGMENTATION,
+    WEAK_AUGMENTATION,
     adjust_brightness,
     adjust_contrast,
     adjust_saturation,
@@ -58,6 +60,50 @@ def test_draws():
     assert 30 <= sum(unchanged) <= 70
 
 
+def sample_generators(indices):
+    return [torch.Generator().manual_seed(100 + index) for index in indices]
+
+
+@pytest.mark.parametrize("form", [WEAK_AUGMENTATION, STRONG_AUGMENTATION], ids=["weak", "strong"])
+def test_amounts_do_not_depend_on_how_the_batch_is_split(form):
+    images = torch.rand(6, 3, 16, 16) * 2 - 1
+    changed = 0
+    for seed in range(8):
+        generators = [torch.Generator().manual_seed(seed) for _ in range(3)]
+        whole = differentiable_augmentation(
+            images, **form, generator=generators[0], sample_generators=sample_generators(range(6))
+        )
+        first = differentiable_augmentation(
+            images[:2], **form, generator=generators[1], sample_generators=sample_generators(range(2))
+        )
+        rest = differentiable_augmentation(
+            images[2:], **form, generator=generators[2], sample_generators=sample_generators(range(2, 6))
+        )
+        torch.testing.assert_close(torch.cat([first, rest]), whole, atol=1e-6, rtol=0)
+        states = [generator.get_state() for generator in generators]
+        assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+        changed += not torch.equal(whole, images)
+    assert changed >= 4
+    # Equal images are changed differently, each by its own draws.
+    alike = differentiable_augmentation(
+        images[:1].repeat(6, 1, 1, 1), **STRONG_AUGMENTATION, sample_generators=sample_generators(range(6))
+    )
+    assert len({tuple(image.flatten().tolist()) for image in alike}) == 6
+
+
+def test_weak_and_strong_form():
+    """The published forms: each change in half of the calls and holes of 0.2, or always and holes of 0.5."""
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+
+    def changed(form):
+        generator = torch.Generator().manual_seed(6)
+        augmented = [differentiable_augmentation(images, **form, generator=generator) for _ in range(60)]
+        return sum(not torch.equal(result, images) for result in augmented)
+
+    assert changed(STRONG_AUGMENTATION) == 60 and 40 <= changed(WEAK_AUGMENTATION) <= 59
+    assert (WEAK_AUGMENTATION["cutout_ratio"], STRONG_AUGMENTATION["cutout_ratio"]) == (0.2, 0.5)
+
+
 def test_translations_reach_an_eighth_of_the_size():
     generator = torch.Generator().manual_seed(4)
     images = torch.zeros(500, 1, 32, 16)
@@ -97,3 +143,5 @@ def test_bad_input():
         differentiable_augmentation(torch.zeros(1, 3, 8, 8), 1.5, 1.0)
     with pytest.raises(ValueError, match="`probability` is -1"):
         differentiable_augmentation(torch.zeros(1, 3, 8, 8), 0.5, -1)
+    with pytest.raises(ValueError, match="`sample_generators` has length 2, allowed: 3, one per image"):
+        differentiable_augmentation(torch.zeros(3, 3, 8, 8), 0.5, 1.0, sample_generators=sample_generators(range(2)))

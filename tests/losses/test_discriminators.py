@@ -1,9 +1,13 @@
 """Discriminators: the official logits, what a generator's step may and may not change, building by name, saving."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import ViTConfig, ViTModel
 
 from softvq_hf.losses.adversarial import hinge_generator_loss
 from softvq_hf.losses.discriminators import (
@@ -86,6 +90,44 @@ def test_a_generators_step_leaves_the_discriminator_as_it_was(official_patchgan)
     assert discriminator.main[0].weight.grad.abs().sum() > 0
 
 
+def tiny_dino():
+    config = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    return build_discriminator("dino", backbone=ViTModel(ViTConfig(**config), add_pooling_layer=False), depths=(1,))
+
+
+TINY_DISCRIMINATORS = {
+    "dino": tiny_dino,
+    "patchgan": lambda: build_discriminator("patchgan", hidden_channels=8, num_layers=2),
+    "maskbit": lambda: build_discriminator("maskbit", hidden_channels=32, num_layers=2),
+}
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_a_generators_step_leaves_no_trace_and_changes_no_gradient(name):
+    frozen = TINY_DISCRIMINATORS[name]().train()
+    unfrozen = copy.deepcopy(frozen)
+    before = snapshot(frozen)
+    images = torch.rand(2, 3, 256, 256) * 2 - 1
+    results = []
+    for discriminator, context in [(frozen, frozen_discriminator(frozen)), (unfrozen, nullcontext(unfrozen))]:
+        leaf = images.clone().requires_grad_()
+        with context as judge:
+            logits = judge(leaf, torch.Generator().manual_seed(1))
+        hinge_generator_loss(logits).backward()
+        results.append((logits.detach(), leaf.grad))
+        assert discriminator.training
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6 * results[1][1].abs().max().item(), rtol=0)
+    assert results[0][1].abs().sum() > 0
+
+    after = frozen.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[key], before[key]) for key in before)
+    assert all(p.grad is None and p.requires_grad for p in frozen.parameters())
+    moved = {key for key, value in unfrozen.state_dict().items() if not torch.equal(value, before[key])}
+    expected = {"dino": ("running_mean", "_u", "_v"), "patchgan": ("running_mean",), "maskbit": ()}[name]
+    assert all(any(key.endswith(suffix) for key in moved) for suffix in expected) and bool(moved) == bool(expected)
+
+
 def test_frozen_discriminator_keeps_what_was_frozen_and_survives_errors(official_patchgan):
     discriminator, tensors = official_patchgan
     discriminator.main[0].requires_grad_(False)
@@ -126,7 +168,7 @@ def test_bad_input():
         build_discriminator("patchgun")
     with pytest.raises(TypeError, match="width"):
         build_discriminator("patchgan", width=3)
-    for name in DISCRIMINATORS:
+    for name in ("patchgan", "maskbit"):
         with pytest.raises(ValueError, match="`num_layers` is 0"):
             build_discriminator(name, num_layers=0)
     with pytest.raises(ValueError, match="`hidden_channels` is 48, allowed: multiples of 32"):

@@ -109,6 +109,33 @@ def test_dropout_only_where_asked_for(trunk_weights, perceptual_loss, images):
     assert torch.equal(with_dropout.eval()(*images), without)
 
 
+def test_dropout_of_an_image_follows_its_own_generator(trunk_weights):
+    """What is dropped does not depend on how the batch is split, nor on the global random state."""
+    loss = PerceptualLoss(trunk_weights, dropout=True).train()
+    sample, target = torch.rand(2, 3, 3, 32, 32) * 2 - 1
+
+    def generators(indices):
+        return [torch.Generator().manual_seed(7 + index) for index in indices]
+
+    state = torch.get_rng_state()
+    whole = loss(sample, target, generators(range(3)))
+    first = loss(sample[:1], target[:1], generators([0]))
+    rest = loss(sample[1:], target[1:], generators([1, 2]))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close((first + 2 * rest) / 3, whole, atol=0, rtol=1e-5)
+    other = loss(sample, target, generators(range(1, 4)))
+    assert (other - whole).abs() > 1e-3 * whole
+    assert torch.equal(loss.eval()(sample, target, generators(range(3))), loss(sample, target))
+    with pytest.raises(ValueError, match="`sample_generators` has length 2, allowed: 3, one per image"):
+        loss(sample, target, generators(range(2)))
+
+    # Half of the entries are dropped, the others doubled.
+    loss.train().sample_dropout.seed(generators(range(2)), torch.device("cpu"))
+    dropped = loss.sample_dropout(torch.ones(2, 4, 100, 100))
+    assert dropped.unique().tolist() == [0, 2]
+    torch.testing.assert_close(dropped.mean((1, 2, 3)), torch.ones(2), atol=0.03, rtol=0)
+
+
 def test_construction_draws_no_random_numbers(trunk_weights):
     state = torch.get_rng_state()
     PerceptualLoss(trunk_weights)
@@ -153,6 +180,11 @@ def test_unusable_trunk_files(tmp_path):
     torch.save({**weights, "features.28.bias": last[:7]}, tmp_path / "vgg16.pth")
     with pytest.raises(ValueError, match=r"'features.28.bias' has shape \(7,\), allowed: \(512,\)"):
         PerceptualLoss(tmp_path / "vgg16.pth")
+    cut_off = (tmp_path / "vgg16.pth").read_bytes()[:1_000_000]
+    for name in ("cut_off.pth", "cut_off.safetensors", "empty.pth"):
+        (tmp_path / name).write_bytes(b"" if name == "empty.pth" else cut_off)
+        with pytest.raises(ValueError, match=f"VGG16 weights in '.*{name}' cannot be read .* a whole `.pth`"):
+            PerceptualLoss(tmp_path / name)
 
 
 def test_bad_images(perceptual_loss):

@@ -1,4 +1,4 @@
-"""What training minimises: perceptual, adversarial, alignment, flow-matching and diffusion losses, and the
+"""What training minimises: perceptual, adversarial, alignment, auxiliary, flow-matching and diffusion losses, and the
 discriminators."""
 
 from softvq_hf.losses.adversarial import (
@@ -13,8 +13,17 @@ from softvq_hf.losses.adversarial import (
     vanilla_discriminator_loss,
 )
 from softvq_hf.losses.alignment import ALIGNMENT_MODES, AlignmentLoss, FrozenTeacher, load_teacher
-from softvq_hf.losses.augmentation import differentiable_augmentation
+from softvq_hf.losses.augmentation import STRONG_AUGMENTATION, WEAK_AUGMENTATION, differentiable_augmentation
+from softvq_hf.losses.auxiliary import (
+    AUXILIARY_LOSSES,
+    HOG_CHANNELS,
+    AuxiliaryDecoder,
+    feature_loss,
+    hog_loss,
+    hog_targets,
+)
 from softvq_hf.losses.diffusion import diffusion_loss, exact_betas
+from softvq_hf.losses.discriminator_dino import DINODiscriminator
 from softvq_hf.losses.discriminators import (
     DISCRIMINATORS,
     MaskBitDiscriminator,
@@ -29,14 +38,20 @@ from softvq_hf.losses.perceptual import PerceptualLoss, PerceptualWeightsUnavail
 __all__ = [
     "ADVERSARIAL_LOSSES",
     "ALIGNMENT_MODES",
+    "AUXILIARY_LOSSES",
     "AlignmentLoss",
+    "AuxiliaryDecoder",
+    "DINODiscriminator",
     "DISCRIMINATORS",
     "FrozenTeacher",
+    "HOG_CHANNELS",
     "LeCAMRegularizer",
     "MaskBitDiscriminator",
     "PatchGANDiscriminator",
     "PerceptualLoss",
     "PerceptualWeightsUnavailable",
+    "STRONG_AUGMENTATION",
+    "WEAK_AUGMENTATION",
     "adaptive_weight",
     "adversarial_weight",
     "build_discriminator",
@@ -44,10 +59,13 @@ __all__ = [
     "differentiable_augmentation",
     "diffusion_loss",
     "exact_betas",
+    "feature_loss",
     "flow_matching_loss",
     "frozen_discriminator",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
+    "hog_loss",
+    "hog_targets",
     "load_teacher",
     "lognormal_times",
     "non_saturating_generator_loss",

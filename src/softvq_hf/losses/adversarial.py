@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
+from softvq_hf.losses.perceptual import warmup_weight
+
 
 def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
     """`(mean relu(1 - real) + mean relu(1 + fake)) / 2`, a scalar (Geometric GAN, arXiv 1705.02894)."""
@@ -54,18 +56,28 @@ ADVERSARIAL_LOSSES: dict[str, AdversarialLoss] = {
 }
 
 
-def adversarial_weight(step: int, weight: float, start: int) -> float:
-    """Weight of the adversarial losses: 0 before step `start`, `weight` from `start` on.
+def adversarial_weight(step: int, weight: float, start: int, warmup_steps: int = 0) -> float:
+    """Weight of the adversarial losses: 0 before step `start`, from then on `weight`, at once or growing linearly.
 
     Args:
         step (`int`): Optimizer step, counted from 1.
-        weight (`float`): Weight once the adversarial losses have started.
+        weight (`float`): Final weight.
         start (`int`): First step with adversarial losses.
+        warmup_steps (`int`, defaults to 0):
+            Number of steps of the rise: `weight / warmup_steps` at the first step with adversarial losses, `weight`
+            from the `warmup_steps`-th on. The published recipe has none.
 
     Returns:
         `float`: the weight of this step.
+
+    Raises:
+        ValueError: If `warmup_steps` is negative.
     """
-    return weight if step >= start else 0.0
+    if warmup_steps < 0:
+        raise ValueError(f"`warmup_steps` is {warmup_steps}, allowed: 0 or more.")
+    if step < start:
+        return 0.0
+    return warmup_weight(step - max(start, 1) + 1, weight, warmup_steps)
 
 
 def adaptive_weight(

@@ -4,6 +4,12 @@ strong form of SoftVQ-VAE (arXiv 2412.10958). Functions named after a change tak
 import torch
 
 
+# What the discriminator is fed with, real images and reconstructions alike.
+WEAK_AUGMENTATION = {"cutout_ratio": 0.2, "probability": 0.5}
+# What its logits are held constant under, see `consistency_loss`.
+STRONG_AUGMENTATION = {"cutout_ratio": 0.5, "probability": 1.0}
+
+
 def adjust_brightness(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Adds `draws - 0.5` to each image of `(B, C, H, W)`; `draws` is `(B,)`, uniform in [0, 1)."""
     return images + (draws.view(-1, 1, 1, 1) - 0.5)
@@ -49,38 +55,60 @@ def cut_out(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, rat
 
 
 def differentiable_augmentation(
-    images: torch.Tensor, cutout_ratio: float, probability: float, generator: torch.Generator | None = None
+    images: torch.Tensor,
+    cutout_ratio: float,
+    probability: float,
+    generator: torch.Generator | None = None,
+    sample_generators: list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """Colour, translation by up to an eighth of the size, and cutout, each for the whole batch or not at all; amounts
     are drawn per image. Gradients flow through.
 
-    SoftVQ-VAE feeds its discriminator with the weak form, `cutout_ratio=0.2, probability=0.5`, of real images and
-    of reconstructions, and holds its logits constant under the strong form, `cutout_ratio=0.5, probability=1.0`.
+    SoftVQ-VAE feeds its discriminator with the weak form of real images and of reconstructions, and holds its logits
+    constant under the strong form: `differentiable_augmentation(images, **WEAK_AUGMENTATION)` and
+    `**STRONG_AUGMENTATION`.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
         cutout_ratio (`float`): Side of the hole as a share of the image's side, in [0, 1].
         probability (`float`): Probability of each of the three changes.
-        generator (`torch.Generator`, *optional*): Source of the draws, made on its device (CPU without one).
+        generator (`torch.Generator`, *optional*):
+            Source of the draws for the batch, made on its device (CPU without one).
+        sample_generators (`list[torch.Generator]`, *optional*):
+            One source per image for its amounts, which then do not depend on the other images: with the same
+            `generator` on all of them, the parts of a batch are changed as the whole would be. By default amounts
+            come from `generator`.
 
     Returns:
         `torch.Tensor`: images of the same shape and dtype.
 
     Raises:
-        ValueError: If `cutout_ratio` or `probability` is not in [0, 1].
+        ValueError: If `cutout_ratio` or `probability` is not in [0, 1], or there is not one generator per image.
     """
     for name, value in [("cutout_ratio", cutout_ratio), ("probability", probability)]:
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"`{name}` is {value}, allowed: from 0 to 1.")
     batch_size, _, *size = images.shape
+    if sample_generators is not None and len(sample_generators) != batch_size:
+        raise ValueError(
+            f"`sample_generators` has length {len(sample_generators)}, allowed: {batch_size}, one per image."
+        )
     draw_device = generator.device if generator is not None else torch.device("cpu")
 
     def uniform() -> torch.Tensor:
-        draws = torch.rand(batch_size, generator=generator, device=draw_device)
+        if sample_generators is None:
+            draws = torch.rand(batch_size, generator=generator, device=draw_device)
+        else:
+            draws = torch.cat([torch.rand(1, generator=g, device=g.device) for g in sample_generators])
         return draws.to(images.device, images.dtype)
 
     def integers(low: int, high: int) -> torch.Tensor:
-        draws = torch.randint(low, high + 1, (batch_size,), generator=generator, device=draw_device)
+        if sample_generators is None:
+            draws = torch.randint(low, high + 1, (batch_size,), generator=generator, device=draw_device)
+        else:
+            draws = torch.cat(
+                [torch.randint(low, high + 1, (1,), generator=g, device=g.device) for g in sample_generators]
+            )
         return draws.to(images.device)
 
     colour, translation, cutout = (torch.rand(3, generator=generator, device=draw_device) < probability).tolist()

@@ -1,5 +1,8 @@
-"""Discriminators of the tokenizers' adversarial training. A discriminator is an `nn.Module` that maps images
-`(B, 3, H, W)` in [-1, 1] to logits of any shape, higher for real images; it is registered in `DISCRIMINATORS`."""
+"""Discriminators of the tokenizers' adversarial training, registered by name in `DISCRIMINATORS`.
+
+A discriminator is an `nn.Module` called as `discriminator(images, generator)`: images `(B, 3, H, W)` in [-1, 1] and an
+optional `torch.Generator`, the source of what it draws in train mode (the crop of "dino"; the others draw nothing).
+It returns logits of any shape, higher for real images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from softvq_hf.losses.discriminator_dino import DINODiscriminator
 
 
 class PatchGANDiscriminator(nn.Module):
@@ -56,11 +62,12 @@ class PatchGANDiscriminator(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """
         Args:
             images (`torch.Tensor` of shape `(B, in_channels, H, W)`):
                 Images in [-1, 1] with sides of at least `3 * 2**num_layers` pixels.
+            generator (`torch.Generator`, *optional*): Not used, nothing is drawn.
 
         Returns:
             `torch.Tensor`: logits of shape `(B, 1, h, w)`, one per patch.
@@ -109,11 +116,12 @@ class MaskBitDiscriminator(nn.Module):
             channels = out_channels
         self.main = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Conv2d(channels, 1, 3, padding=1))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """
         Args:
             images (`torch.Tensor` of shape `(B, in_channels, H, W)`):
                 Images in [-1, 1] with sides of at least `2**(num_layers + 1)` pixels.
+            generator (`torch.Generator`, *optional*): Not used, nothing is drawn.
 
         Returns:
             `torch.Tensor`: logits of shape `(B, 1, h, w)`, one per patch.
@@ -126,6 +134,7 @@ class MaskBitDiscriminator(nn.Module):
 
 
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
+    "dino": DINODiscriminator,
     "patchgan": PatchGANDiscriminator,
     "maskbit": MaskBitDiscriminator,
 }
@@ -135,7 +144,9 @@ def build_discriminator(name: str, **config) -> nn.Module:
     """Builds a discriminator by its name in `DISCRIMINATORS`.
 
     Args:
-        name (`str`): "patchgan" or "maskbit".
+        name (`str`):
+            "dino" ([`DINODiscriminator`], of the published tokenizers), "patchgan" ([`PatchGANDiscriminator`]) or
+            "maskbit" ([`MaskBitDiscriminator`]).
         config: Arguments of the class.
 
     Returns:
@@ -151,21 +162,24 @@ def build_discriminator(name: str, **config) -> nn.Module:
 
 @contextmanager
 def frozen_discriminator(discriminator: nn.Module) -> Iterator[nn.Module]:
-    """Inside the context a forward pass of the discriminator changes nothing in it, for the generator's step.
+    """A forward pass of the discriminator inside the context leaves no trace in it, for the generator's step.
 
-    Its parameters take no gradients (those of the images are as usual), and BatchNorm layers normalise with the
-    statistics of the batch, as they do in the discriminator's own step, but leave their running statistics alone. Run
-    the forward pass inside; the backward pass may follow outside. In distributed training pass the unwrapped
-    discriminator, whose parameters then need no synchronisation.
+    Logits and gradients of the images are those of the discriminator's own step, but its parameters take no
+    gradients, BatchNorm layers, which normalise with the statistics of the batch, leave their running statistics
+    alone, and the vectors of spectral normalisation, which a pass in train mode moves before it uses them, are put
+    back at the end. (In the official code both move.) Run the forward pass inside; the backward pass may follow
+    outside. In distributed training pass the unwrapped discriminator, whose parameters then need no synchronisation.
 
     Example:
         ```python
         with frozen_discriminator(discriminator) as judge:
-            generator_loss = hinge_generator_loss(judge(reconstruction))
+            generator_loss = hinge_generator_loss(judge(reconstruction, generator))
         ```
     """
     trainable = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
     tracking = [m for m in discriminator.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    parametrizations = [m for m in discriminator.modules() if isinstance(m, ParametrizationList)]
+    vectors = [(vector, vector.clone()) for module in parametrizations for vector in module.buffers()]
     for parameter in trainable:
         parameter.requires_grad_(False)
     for module in tracking:
@@ -177,6 +191,8 @@ def frozen_discriminator(discriminator: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
         for module in tracking:
             module.track_running_stats = True
+        for vector, value in vectors:
+            vector.copy_(value)
 
 
 def _check_images(images: torch.Tensor, channels: int, min_size: int) -> None:

@@ -2,11 +2,14 @@
 a training loss, through the `lpips` library: VGG16 features compared by learned linear layers."""
 
 import os
+import pickle
 import urllib.request
 import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,12 +35,12 @@ class PerceptualLoss(nn.Module):
         dropout (`bool`, defaults to `False`):
             In train mode, drop each squared feature difference with probability 0.5 before the linear layers. The
             official SoftVQ-VAE code does so by accident (it puts the loss into train mode), so its published recipe
-            used it; the metric itself has none. The draws come from the global random state.
+            used it; the metric itself has none.
 
     Raises:
         PerceptualWeightsUnavailable: If no trunk weights are given, cached or downloadable.
         FileNotFoundError: If `trunk_weights` does not exist.
-        ValueError: If the file lacks a VGG16 weight or holds one of another shape.
+        ValueError: If the file cannot be read, lacks a VGG16 weight or holds one of another shape.
     """
 
     def __init__(self, trunk_weights: str | os.PathLike | None = None, dropout: bool = False) -> None:
@@ -70,24 +73,33 @@ class PerceptualLoss(nn.Module):
             else:  # the constants of the input scaling are built from numbers, hence not on the meta device
                 state_dict[name] = tensor
         self.lpips.load_state_dict(state_dict, assign=True)
+        self.sample_dropout = SampleDropout()
+        for layer in self.lpips.lins:
+            layer.model[0] = self.sample_dropout
         self.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
         return super().train(mode and self.dropout)
 
-    def forward(self, sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, sample: torch.Tensor, target: torch.Tensor, sample_generators: list[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """
         Args:
             sample (`torch.Tensor` of shape `(B, 3, H, W)`):
                 Images in [-1, 1] with sides of at least 16 pixels; gradients flow into them.
             target (`torch.Tensor` of the same shape): Images in [-1, 1].
+            sample_generators (`list[torch.Generator]`, *optional*):
+                One source per image of what `dropout` drops, which then does not depend on the other images. By
+                default it comes from the global random state of the images' device.
 
         Returns:
             `torch.Tensor`: the mean LPIPS over the batch, a scalar.
 
         Raises:
-            ValueError: If the shapes differ or are not those of RGB images of sufficient size.
+            ValueError: If the shapes differ or are not those of RGB images of sufficient size, or there is not one
+                generator per image.
         """
         if sample.shape != target.shape:
             raise ValueError(
@@ -97,7 +109,37 @@ class PerceptualLoss(nn.Module):
             raise ValueError(
                 f"`sample` has shape {tuple(sample.shape)}, allowed: (B, 3, H, W) with sides of 16 pixels or more."
             )
+        if sample_generators is not None and len(sample_generators) != len(sample):
+            raise ValueError(
+                f"`sample_generators` has length {len(sample_generators)}, allowed: {len(sample)}, one per image."
+            )
+        self.sample_dropout.seed(sample_generators if self.training else None, sample.device)
         return self.lpips(sample, target).mean()
+
+
+class SampleDropout(nn.Module):
+    """Dropout with probability 0.5 whose draws come from one generator per sample, on the device of the activations:
+    the feature maps of LPIPS are too large to draw on the CPU and move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generators: list[torch.Generator] | None = None
+
+    def seed(self, sample_generators: list[torch.Generator] | None, device: torch.device) -> None:
+        """Seeds one generator on `device` with one draw from each of `sample_generators`; without them the draws come
+        from the global random state."""
+        self.generators = None
+        if sample_generators is not None:
+            seeds = [torch.randint(2**63 - 1, (), generator=g, device=g.device).item() for g in sample_generators]
+            self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.generators is None:
+            return F.dropout(hidden_states, 0.5, self.training)
+        kept = torch.empty_like(hidden_states)
+        for sample, generator in zip(kept, self.generators, strict=True):
+            sample.bernoulli_(0.5, generator=generator)
+        return hidden_states * kept * 2
 
 
 def warmup_weight(step: int, weight: float, warmup_steps: int) -> float:
@@ -126,21 +168,33 @@ def _load_trunk(trunk_weights: str | os.PathLike | None) -> dict[str, torch.Tens
     if trunk_weights is not None:
         if not os.path.isfile(trunk_weights):
             raise FileNotFoundError(f"`trunk_weights` is {os.fspath(trunk_weights)!r}, allowed: an existing file.")
-        if Path(trunk_weights).suffix == ".safetensors":
-            return load_file(trunk_weights)
-        return torch.load(trunk_weights, map_location="cpu", weights_only=True)
+        return _read_trunk(trunk_weights)
 
     from torchvision.models import VGG16_Weights
 
     url = VGG16_Weights.IMAGENET1K_V1.url
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if cached.exists():
+        return _read_trunk(cached)
     try:
-        if not cached.exists():  # torch's download has no time limit of its own, so ask for the headers first
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+        # torch's download has no time limit of its own, so ask for the headers first
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except OSError as error:
         raise PerceptualWeightsUnavailable(
             f"The perceptual loss needs VGG16 weights, which could not be had ({error}). Download {url} on a machine "
-            f"with network and put it at {cached}, or pass the file as `trunk_weights`. Without the perceptual loss "
-            "training still runs, but reconstructions come out blurrier and rFID is worse."
+            f"with network and put it at {cached}, or pass the file as `trunk_weights`. Training without the "
+            "perceptual loss is possible (weight 0), but reconstructions come out blurrier and rFID is worse."
+        ) from error
+
+
+def _read_trunk(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"The VGG16 weights in {os.fspath(path)!r} cannot be read ({error}), allowed: a whole `.pth` or "
+            "`.safetensors` file with tensors only."
         ) from error
