@@ -1,11 +1,10 @@
 """Image data sets from all sources, with broken files, several workers, and a stream."""
 
-import json
+import io
 import logging
-import os
-import subprocess
-import sys
+import tarfile
 import traceback
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -15,9 +14,9 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from softvq_hf.data import (
     ImageDataset,
@@ -26,13 +25,12 @@ from softvq_hf.data import (
     collate_images,
     load_image_dataset,
 )
-from softvq_hf.data.images import check_unreadable
+from softvq_hf.data.images import ShardRows, check_unreadable
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s at the end of every stream
 
 
 def picture(number: int, size: tuple[int, int] = (40, 32)) -> PIL.Image.Image:
@@ -319,6 +317,44 @@ def test_unreadable_images_are_replaced_in_training(tmp_path, caplog):
         assert f"ant/00{number}.jpg" in named[number] and f"number {number + 1}" in named[number]
 
 
+def test_every_batch_lists_the_unreadable_images_it_met(tmp_path):
+    make_image_folder(tmp_path, per_class=10)
+    break_files(tmp_path, 1, 2)
+    for train in (True, False):
+        batches = list(DataLoader(load(tmp_path, train=train), batch_size=2, collate_fn=collate_images))
+        listed = [batch.get("unreadable") for batch in batches]
+        # in training, image 1 is replaced by image 3 for both itself and image 2
+        first, second = (["ant/001.jpg", "ant/002.jpg"], ["ant/002.jpg"])
+        assert listed == [first if train else ["ant/001.jpg"], second] + [None] * 8
+
+
+def test_good_images_of_odd_kinds(tmp_path):
+    make_image_folder(tmp_path, per_class=1)
+    folder = tmp_path / "ant"
+    picture(1).save(folder / "a_png.jpg", format="PNG")
+    picture(2).convert("CMYK").save(folder / "b_cmyk.jpg")
+    picture(3).convert("P").save(folder / "c_palette.png")
+    PIL.Image.fromarray(np.full((20, 30), 40000, np.uint16)).save(folder / "d_16_bit.png")
+    red, blue = (PIL.Image.new("RGB", (20, 20), name) for name in ("red", "blue"))
+    for name in ("e_animated.gif", "f_animated.webp", "g_animated.png"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        red.save(folder / name, save_all=True, append_images=[blue] * 3, **options)
+    images = everything(load(tmp_path, max_unreadable_fraction=0.0))
+    assert len(images) == 9
+    assert torch.allclose(images["ant/d_16_bit.png"], torch.full((3, 16, 16), round(40000 / 257) / 127.5 - 1))
+    for name in ("e_animated.gif", "f_animated.webp", "g_animated.png"):  # the first frame
+        assert images[f"ant/{name}"][0].min() > 0.9 and images[f"ant/{name}"][1:].max() < -0.9
+
+
+def test_decompression_bombs_are_not_decoded(tmp_path, monkeypatch, caplog):
+    make_image_folder(tmp_path)
+    picture(0, (60, 60)).save(tmp_path / "ant" / "bomb.png")
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1500)  # the others have 1280; an error from twice as many on
+    dataset = load(tmp_path)
+    unreadable = [i for batch in DataLoader(dataset, collate_fn=collate_images) for i in batch.get("unreadable", ())]
+    assert unreadable == ["ant/bomb.png"] and "DecompressionBombError" in caplog.text
+
+
 def test_unreadable_images_are_left_out_of_validation(tmp_path, caplog):
     make_image_folder(tmp_path, per_class=10)
     break_files(tmp_path, 0, 1)
@@ -466,64 +502,267 @@ def test_a_stream_leaves_unreadable_images_out(tmp_path, caplog):
         stream_means(load(tmp_path, streaming=True))
 
 
-def test_a_stream_needs_named_classes(tmp_path):
-    make_dataset().remove_columns("label").add_column("label", [0, 1] * 3).save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match="`streaming`.*ClassLabel"):
+def test_a_stream_lists_unreadable_images_also_at_its_end(tmp_path):
+    make_image_folder(tmp_path, per_class=4, classes=("bee", "ant"))
+    break_files(tmp_path, 1, 2)
+    for path in (tmp_path / "bee").glob("*"):  # the end
+        path.unlink()
+    for train in (False, True):
+        for num_workers in (0, 2):
+            stream = load(tmp_path, streaming=True, train=train, label_column=None)
+            batches = list(DataLoader(stream, batch_size=2, collate_fn=collate_images, num_workers=num_workers))
+            assert sorted(i for b in batches for i in b["image_id"]) == ["ant/000.png", "ant/003.png"]
+            assert sorted(i for b in batches for i in b.get("unreadable", ())) == ["ant/001.jpg", "ant/002.jpg"]
+    picture(0).save(tmp_path / "ant" / "000.png")
+    (tmp_path / "ant" / "003.png").unlink()
+    last = list(load(tmp_path, streaming=True, label_column=None))[-1]
+    assert last["unreadable"] == ["ant/001.jpg", "ant/002.jpg"] and last["pixel_values"].shape == (0, 3, 16, 16)
+
+
+def test_labels_of_a_stream(tmp_path):
+    unlabeled = make_dataset().remove_columns("label")
+    unlabeled.add_column("label", [0, 3] * 3).save_to_disk(tmp_path / "integers")
+    with pytest.raises(ValueError, match="`label_column` is 'label'.*`streaming`.*ClassLabel.*`num_classes`"):
+        load(tmp_path / "integers", streaming=True)
+    stream = load(tmp_path / "integers", streaming=True, num_classes=4)
+    assert stream.num_classes == 4 and stream.id2label[3] == "3"
+    assert [item["class_labels"] for item in stream] == [0, 3] * 3
+    with pytest.raises(ValueError, match="label 3, allowed: 0 to 2"):
+        list(load(tmp_path / "integers", streaming=True, num_classes=3))
+    assert len(stream_means(load(tmp_path / "integers", streaming=True, label_column=None))) == 6
+    unlabeled.add_column("label", ["a", "b"] * 3).save_to_disk(tmp_path / "strings")
+    with pytest.raises(ValueError, match="string labels need `streaming=False`"):
+        load(tmp_path / "strings", streaming=True, num_classes=2)
+
+
+def test_number_of_classes(tmp_path):
+    make_dataset().save_to_disk(tmp_path / "named")
+    assert load(tmp_path / "named", num_classes=3).num_classes == 3
+    for options in ({}, {"streaming": True}, {"label_column": None}):
+        with pytest.raises(ValueError, match="`num_classes` is 5, allowed: [03]"):
+            load(tmp_path / "named", num_classes=5, **options)
+    make_dataset().remove_columns("label").add_column("label", [0, 3] * 3).save_to_disk(tmp_path / "integers")
+    assert load(tmp_path / "integers", num_classes=7).num_classes == 7
+    with pytest.raises(ValueError, match="`num_classes` is 3, allowed: 4"):
+        load(tmp_path / "integers", num_classes=3)
+    with pytest.raises(ValueError, match="`num_classes` is 0"):
+        load(tmp_path / "integers", num_classes=0)
+
+
+def make_webdataset(folder: Path, per_shard: tuple[int, ...] = (3, 5)) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    for shard, rows in enumerate(per_shard):
+        with tarfile.open(folder / f"train-{shard:04d}.tar", "w") as tar:
+            for _ in range(rows):
+                content = io.BytesIO()
+                picture(number).save(content, format="PNG")
+                for name, data in (("png", content.getvalue()), ("cls", str(number % 3).encode())):
+                    info = tarfile.TarInfo(f"{number:05d}.{name}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                number += 1
+    return folder
+
+
+def test_webdataset_shards(tmp_path):
+    make_webdataset(tmp_path)
+    dataset = load(tmp_path)
+    assert len(dataset) == 8 and dataset.id2label == {0: "0", 1: "1", 2: "2"}
+    stream = load(tmp_path, streaming=True, num_classes=3)
+    assert stream.num_shards == 2
+    items = list(stream)
+    assert [item["image_id"] for item in items] == [f"{number:05d}.png" for number in range(8)]
+    for number, item in enumerate(items):
+        assert item["image_id"] == dataset[number]["image_id"]
+        assert item["class_labels"] == dataset[number]["class_labels"] == number % 3
+        assert torch.equal(item["pixel_values"], dataset[number]["pixel_values"])
+    with pytest.raises(ValueError, match="`label_column` is 'cls'.*`num_classes` is needed"):
         load(tmp_path, streaming=True)
-    assert len(stream_means(load(tmp_path, streaming=True, label_column=None))) == 6
 
 
-STREAM_ON_TWO_PROCESSES = """
-import json, sys
-from pathlib import Path
-from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
-from softvq_hf.data import collate_images, load_image_dataset
-
-accelerator = Accelerator(cpu=True)
-dataset = load_image_dataset(sys.argv[1], resolution=16, train=False, streaming=True)
-loader = DataLoader(dataset, batch_size=2, collate_fn=collate_images)
-loader = prepare_data_loader(
-    loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-)
-means = [round(float(image.mean()), 4) for batch in loader for image in batch["pixel_values"]]
-Path(sys.argv[2], f"{accelerator.process_index}.json").write_text(json.dumps(means))
-accelerator.end_training()
-"""
+# Sharing of a stream
 
 
-def test_two_processes_share_a_stream(tmp_path):
-    make_parquet_stream(tmp_path / "images")
-    script = tmp_path / "script.py"
-    script.write_text(STREAM_ON_TWO_PROCESSES)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*torchrun, str(script), str(tmp_path / "images"), str(tmp_path)],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("num_shards", "num_readers"), [(1, 1), (1, 3), (3, 4), (4, 4), (5, 2), (6, 4), (7, 3)])
+def test_readers_share_all_rows(num_shards, num_readers, train):
+    """Each row goes to one reader, for unequal shards too."""
+    numbers = datasets.Dataset.from_dict({"number": list(range(41))}).to_iterable_dataset(num_shards=num_shards)
+    shards = np.random.default_rng(0).permutation(num_shards).tolist() if train else list(range(num_shards))
+    found = []
+    for reader in range(num_readers):
+        rows = list(ShardRows(numbers, shards, reader, num_readers, 3 if train else 1, ShardRows.START))
+        if not train and num_readers == 1:
+            assert [row["number"] for _, _, row in rows] == list(range(41))
+        found += [row["number"] for _, _, row in rows]
+        assert len({(shard, index) for shard, index, _ in rows}) == len(rows)
+    assert sorted(found) == list(range(41))
+
+
+def test_readers_have_equal_parts():
+    numbers = datasets.Dataset.from_dict({"number": list(range(700))}).to_iterable_dataset(num_shards=7)
+    for num_readers in (2, 3, 5, 7, 14, 20):
+        counts = [
+            len(list(ShardRows(numbers, list(range(7)), reader, num_readers, 1, ShardRows.START)))
+            for reader in range(num_readers)
+        ]
+        assert sum(counts) == 700 and max(counts) - min(counts) <= 7
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_workers_share_a_stream(tmp_path, num_workers):
+    make_webdataset(tmp_path, per_shard=(3, 7, 1))
+    for options in ({}, {"train": True, "shuffle_buffer_size": 2}, {"max_samples": 6}):
+        stream = load(tmp_path, streaming=True, label_column=None, **options)
+        loader = DataLoader(stream, batch_size=2, num_workers=num_workers, collate_fn=collate_images)
+        found = [image_id for batch in loader for image_id in batch["image_id"]]
+        assert sorted(found) == [f"{number:05d}.png" for number in range(options.get("max_samples", 11))]
+
+
+def test_crops_do_not_depend_on_the_workers(tmp_path):
+    make_webdataset(tmp_path, per_shard=(3, 7, 1))
+    stream = load(tmp_path, streaming=True, train=True, label_column=None, shuffle_buffer_size=4)
+    stream.set_epoch(3)
+    alone, shared = everything(stream), everything(stream, num_workers=2)
+    assert list(alone) != list(shared)
+    assert all(torch.equal(alone[image_id], shared[image_id]) for image_id in alone)
+
+
+def test_a_training_stream_mixes_shards(tmp_path):
+    make_parquet_stream(tmp_path, shards=4, per_shard=16)
+    stream = load(tmp_path, streaming=True, train=True, shuffle_buffer_size=16)
+    shards = [int(item["image_id"].split("/")[0].removeprefix("shard-")) for item in stream]
+    assert all(set(shards[place : place + 16]) == {0, 1, 2, 3} for place in (0, 16, 32, 48))
+    assert all(shards.count(shard) == 16 for shard in range(4))
+    with pytest.raises(ValueError, match="`shuffle_buffer_size` is 0"):
+        load(tmp_path, streaming=True, train=True, shuffle_buffer_size=0)
+
+
+# Position in a stream
+
+
+def same_items(items, others) -> bool:
+    return len(items) == len(others) and all(
+        item.keys() == other.keys()
+        and all(
+            torch.equal(item[key], other[key]) if isinstance(item[key], torch.Tensor) else item[key] == other[key]
+            for key in item
+        )
+        for item, other in zip(items, others, strict=True)
     )
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert len(first) == len(second) == 12
-    assert sorted(first + second) == sorted(stream_means(load(tmp_path / "images", streaming=True)))
 
 
-def test_a_prepared_stream_skips_batches(tmp_path):
-    make_parquet_stream(tmp_path)
-    accelerator = Accelerator(cpu=True)
+def through_a_file(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def make_stream_source(kind: str, folder: Path) -> Path:
+    if kind == "parquet":
+        return make_parquet_stream(folder, shards=3, per_shard=5)
+    if kind == "webdataset":
+        return make_webdataset(folder, per_shard=(3, 7, 4))
+    if kind == "folder":
+        make_image_folder(folder, per_class=7)
+        break_files(folder, 1, 2, 6)
+        return folder
+    datasets.concatenate_datasets([make_dataset()] * 2).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "folder", "saved"])
+def test_a_stream_goes_on_from_every_position(tmp_path, kind, train):
+    make_stream_source(kind, tmp_path)
+
+    def build() -> StreamingImageDataset:
+        return load(tmp_path, streaming=True, train=train, label_column=None, shuffle_buffer_size=4, seed=1)
+
+    stream, items, states = build(), [], []
+    stream.set_epoch(2)
+    for item in stream:
+        items.append(item)
+        states.append(through_a_file(stream.state_dict()))
+    assert len(items) >= 11
+    for number, state in enumerate(states, start=1):
+        resumed = build()
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        assert same_items(list(resumed), items[number:])
+        assert len(list(resumed)) == len(items)  # the pass after it is a whole one
+    resumed = build()
+    resumed.load_state_dict(states[4])
+    second = list(islice(resumed, 3))
+    again = build()
+    again.load_state_dict(through_a_file(resumed.state_dict()))  # interrupted twice
+    assert same_items(second + list(again), items[5:])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stateful_loader_of_a_stream(tmp_path, num_workers):
+    """Batches that workers have prefetched are not lost, in the first pass and in a later one."""
+    make_webdataset(tmp_path, per_shard=(5, 9, 6))
+
+    def build() -> tuple[StreamingImageDataset, StatefulDataLoader]:
+        stream = load(tmp_path, streaming=True, train=True, num_classes=3, shuffle_buffer_size=3)
+        options = {"num_workers": num_workers, "persistent_workers": num_workers > 0, "collate_fn": collate_images}
+        return stream, StatefulDataLoader(stream, batch_size=2, **options)
+
+    stream, loader = build()
+    passes = []
+    for epoch in range(2):
+        stream.set_epoch(epoch)
+        passes.append([])
+        for batch in loader:
+            passes[-1].append((batch, through_a_file(loader.state_dict())))
+    for epoch, number in ((0, 1), (0, 4), (1, 1), (1, 6), (1, len(passes[1]))):
+        _, resumed = build()
+        resumed.load_state_dict(passes[epoch][number - 1][1])
+        assert same_items(list(resumed), [batch for batch, _ in passes[epoch][number:]])
+
+
+def test_a_position_fits_one_division_only(tmp_path):
+    make_parquet_stream(tmp_path, shards=3)
     stream = load(tmp_path, streaming=True, train=True)
-    loader = prepare_data_loader(
-        DataLoader(stream, batch_size=4, collate_fn=collate_images),
-        accelerator.device,
-        num_processes=1,
-        process_index=0,
-        put_on_device=True,
-        dispatch_batches=False,
+    next(iter(stream))
+    state = stream.state_dict()
+    for name in ("reader", "num_readers", "num_shards"):
+        with pytest.raises(ValueError, match=f"`{name}` 17, this run has {state[name]}"):
+            stream.load_state_dict({**state, name: 17})
+
+
+def rows_with_a_log(paths: list[Path], log: list[Path]):
+    """A stream of `datasets` with one shard per file, that writes down what it reads."""
+    for path in paths:
+        for row in range(10):
+            with open(log[0], "a") as file:
+                file.write(f"{path.name}/{row}\n")
+            yield {"image": {"bytes": path.read_bytes(), "path": None}}
+
+
+def test_a_stream_reads_little_ahead_and_nothing_twice(tmp_path):
+    paths = [tmp_path / f"{number:02d}.png" for number in range(40)]
+    for number, path in enumerate(paths):
+        picture(number).save(path)
+    log = tmp_path / "log.txt"
+    features = datasets.Features(image=datasets.Image(decode=False))
+    rows = datasets.IterableDataset.from_generator(
+        rows_with_a_log, gen_kwargs={"paths": paths, "log": (log,)}, features=features
     )
-    loader.set_epoch(3)
-    whole = [batch["pixel_values"] for batch in loader]
-    loader.set_epoch(3)
-    rest = [batch["pixel_values"] for batch in accelerator.skip_first_batches(loader, 2)]
-    assert len(whole) == 6 and len(rest) == 4
-    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    options = {"max_samples": None, "resolution": 16, "train": True, "center_crop": False, "image_column": "image"}
+    options |= {"label_column": None, "id2label": {}, "label_ids": None, "seed": 0, "max_unreadable_fraction": 0}
+    stream = StreamingImageDataset(rows, shuffle_buffer_size=20, **options)
+    assert stream.num_shards == 40
+    items = iter(stream)
+    for number in range(350):
+        next(items)
+        if number in (0, 19, 20, 349):
+            assert len(log.read_text().splitlines()) <= number + 1 + 20
+    log.unlink()
+    stream.load_state_dict(stream.state_dict())
+    next(iter(stream))
+    # the rows of the block, and those before them in the ten open shards, however far the stream was
+    assert len(log.read_text().splitlines()) <= 20 + 10 * 10

@@ -1,12 +1,13 @@
-"""From "where the images are" to torch datasets of `pixel_values`: Hub data sets, image folders, parquet folders,
-saved `datasets` and the built-in photographs, read through `datasets`. Unreadable images are skipped, counted and
-named."""
+"""From "where the images are" to torch datasets of `pixel_values`: Hub data sets, image folders, shards (parquet,
+webdataset), saved `datasets` and the built-in photographs, read through `datasets`. Unreadable images are skipped,
+counted and named."""
 
 import logging
 import math
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from softvq_hf.data.photographs import PhotographDataset
@@ -50,6 +50,8 @@ UNREADABLE = (
 FEW_UNREADABLE = 4  # never too many in a small data set
 UNSEEN, READABLE, UNREAD = 0, 1, 2
 
+OPEN_SHARDS = 10  # shards that a training stream mixes at a time, as many as `datasets.IterableDataset.shuffle`
+
 
 class UnreadableImagesError(RuntimeError):
     """More images than `max_unreadable_fraction` allows, or all of them, cannot be read."""
@@ -64,6 +66,7 @@ def load_image_dataset(
     config_name: str | None = None,
     image_column: str = "image",
     label_column: str | None = "label",
+    num_classes: int | None = None,
     streaming: bool = False,
     cache_dir: str | None = None,
     revision: str | None = None,
@@ -79,7 +82,8 @@ def load_image_dataset(
     Args:
         source (`str`): Where the images are:
             - a local folder: images in class subfolders (below `train` and `val` folders if there are splits) or with
-              a `metadata.csv` or `metadata.jsonl`, parquet files, or what `datasets.save_to_disk` has written;
+              a `metadata.csv` or `metadata.jsonl`, parquet files, webdataset tar files, or what
+              `datasets.save_to_disk` has written;
             - "photographs": the built-in set, see [`PhotographDataset`];
             - otherwise a data set on the Hub, e.g. "ILSVRC/imagenet-1k".
         split (`str`, *optional*, defaults to `"train"`): Split, as the data set names it. `datasets` calls the split
@@ -93,6 +97,9 @@ def load_image_dataset(
             from 0 on, or strings, which become the ids of their sorted order. Where the default does not exist, a
             column with another usual name, or the only `ClassLabel` column, is taken. `None`: the items have no
             labels.
+        num_classes (`int`, *optional*): Number of classes, where labels are integers without names, e.g. the `cls`
+            files of webdataset. By default the largest label tells, which a stream does not know: with
+            `streaming=True` such labels need `num_classes`.
         streaming (`bool`, *optional*, defaults to `False`): Read the data set on the way, see
             [`StreamingImageDataset`].
         cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads and prepares.
@@ -102,20 +109,22 @@ def load_image_dataset(
         seed (`int`, *optional*, defaults to 0): Seed of crops, flips and the order of a stream.
         max_unreadable_fraction (`float`, *optional*, defaults to 0.01): Share of unreadable images, in [0, 1], that is
             skipped with a warning; see [`ImageDataset`] for when it counts as exceeded.
-        shuffle_buffer_size (`int`, *optional*, defaults to 1000): Images from which a training stream draws the next.
+        shuffle_buffer_size (`int`, *optional*, defaults to 1000): Images of a training stream that are shuffled at a
+            time, in every worker process; so many encoded images are held in memory.
         center_crop (`bool`, *optional*, defaults to `False`): With `train=True`, the ADM centre crop in place of the
             random one, flips stay: how generators are trained on images. 'photographs' are crops already.
 
     Returns:
         [`ImageDataset`], [`StreamingImageDataset`] or [`PhotographDataset`]. Items are dictionaries of `pixel_values`
         (`torch.Tensor` of shape `(3, R, R)`, float32 in [-1, 1]), `class_labels` (`int`; not there with
-        `label_column=None`) and `image_id` (file name or index). All have `id2label`, `num_classes` (0 without
-        labels), `resolution` and `set_epoch(epoch)`. [`collate_images`] makes batches of them.
+        `label_column=None`), `image_id` (file name or index) and, rarely, `unreadable` (ids of images that were left
+        out before this one). All have `id2label`, `num_classes` (0 without labels), `resolution` and
+        `set_epoch(epoch)`. [`collate_images`] makes batches of them.
 
     Raises:
         ValueError: If an argument is out of range; `source` cannot be found or is empty; the split does not exist (the
             existing ones are listed); the columns do not exist, are ambiguous or have another type (all are listed);
-            or labels are missing.
+            labels are missing; or there is another number of classes than `num_classes`.
     """
     if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"`resolution` is {resolution!r}, allowed: integers from 1 on.")
@@ -123,6 +132,10 @@ def load_image_dataset(
         raise ValueError(f"`max_samples` is {max_samples}, allowed: integers from 1 on, or None for all.")
     if seed < 0:
         raise ValueError(f"`seed` is {seed}, allowed: integers from 0 on.")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"`num_classes` is {num_classes}, allowed: integers from 1 on, or None.")
+    if shuffle_buffer_size < 1:
+        raise ValueError(f"`shuffle_buffer_size` is {shuffle_buffer_size}, allowed: integers from 1 on.")
     if not 0 <= max_unreadable_fraction <= 1:
         raise ValueError(f"`max_unreadable_fraction` is {max_unreadable_fraction}, allowed: [0, 1].")
 
@@ -141,7 +154,7 @@ def load_image_dataset(
         label_column = _find_label_column(dataset.features, label_column, source)
     dataset = dataset.select_columns([image_column] if label_column is None else [image_column, label_column])
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))  # decoded here: a bad file is no crash
-    id2label, label_ids = _read_labels(dataset, label_column, source)
+    id2label, label_ids = _read_labels(dataset, label_column, num_classes, source)
 
     options = {
         "resolution": resolution,
@@ -155,9 +168,9 @@ def load_image_dataset(
         "max_unreadable_fraction": max_unreadable_fraction,
     }
     if streaming:
-        if max_samples is not None:
-            dataset = dataset.take(max_samples)
-        return StreamingImageDataset(dataset, shuffle_buffer_size=shuffle_buffer_size, **options)
+        return StreamingImageDataset(
+            dataset, max_samples=max_samples, shuffle_buffer_size=shuffle_buffer_size, **options
+        )
     if max_samples is not None and max_samples < len(dataset):
         dataset = dataset.select([i * len(dataset) // max_samples for i in range(max_samples)])
     return ImageDataset(dataset, **options)
@@ -173,7 +186,8 @@ class ImageDataset(Dataset):
 
     An image that cannot be decoded is named in a warning, once, and counted in `num_unreadable`. With `train=True` the
     next readable image takes its place. With `train=False` its item has `pixel_values` of shape `(0, 3, R, R)`, and
-    [`collate_images`] drops it. [`UnreadableImagesError`] is raised as soon as
+    [`collate_images`] drops it. Either way the item's `unreadable` lists its id, every time it is met.
+    [`UnreadableImagesError`] is raised as soon as
 
     - more than `max_unreadable_fraction` of the data set is known to be unreadable (up to four images, if they are at
       most half of it, are never too many unless the fraction is 0); or
@@ -246,26 +260,36 @@ class ImageDataset(Dataset):
             raise IndexError(f"`index` is {index}, allowed: 0 to {len(self) - 1}.")
         if not self.train:
             image, row = self._read(index)
+            image_id = _image_id(row[self.image_column], index)
+            item = {**_label(row, image_id, self), "image_id": image_id}
             if image is None:
-                pixel_values = torch.empty(0, 3, self.resolution, self.resolution)
+                item["pixel_values"] = torch.empty(0, 3, self.resolution, self.resolution)
+                item["unreadable"] = [image_id]
             else:
-                pixel_values = to_pixel_values(adm_center_crop(image, self.resolution))
-            return {"pixel_values": pixel_values, **_label_and_id(row, index, self)}
+                item["pixel_values"] = to_pixel_values(adm_center_crop(image, self.resolution))
+            return item
 
+        unreadable = []
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
-            if self._status[candidate] == UNREAD:
-                continue
             image, row = self._read(candidate)
-            if image is not None:
-                generator = np.random.default_rng([self.seed, int(self._epoch), index])
-                pixel_values = to_pixel_values(_augment(image, self, generator))
-                return {"pixel_values": pixel_values, **_label_and_id(row, candidate, self)}
+            image_id = _image_id(row[self.image_column], candidate)
+            if image is None:
+                unreadable.append(image_id)
+                continue
+            generator = np.random.default_rng([self.seed, int(self._epoch), index])
+            item = {"pixel_values": to_pixel_values(_augment(image, self, generator))}
+            item |= {**_label(row, image_id, self), "image_id": image_id}
+            if unreadable:
+                item["unreadable"] = unreadable
+            return item
         raise UnreadableImagesError(f"None of the {len(self)} images can be read.")
 
     def _read(self, index: int) -> tuple[PIL.Image.Image | None, dict[str, Any]]:
         """The RGB image, or `None` where it is unreadable, and its row."""
         row = self.dataset[index]
+        if self._status[index] == UNREAD:
+            return None, row
         try:
             image = decode_image(row[self.image_column])
         except UNREADABLE as error:
@@ -283,21 +307,28 @@ class StreamingImageDataset(IterableDataset):
     """
     Images of a `datasets.IterableDataset`, read on the way. Made by [`load_image_dataset`] with `streaming=True`.
 
-    The length is not known, so training needs `--max_train_steps`. With `train=True` shards and a buffer of images are
-    shuffled, keyed by (seed, epoch), and crops and flips are drawn as in [`ImageDataset`], keyed by the place in the
-    stream. Unreadable images are left out; the second and third rule of [`ImageDataset`] apply, in every worker
-    process for itself.
+    The length is not known, so training needs `--max_train_steps`. With `train=True` the order is a function of seed
+    and epoch: the shards are shuffled, up to ten of them are read in turn, and every `shuffle_buffer_size` images in a
+    row are shuffled. Crops and flips are drawn as in [`ImageDataset`], keyed by (seed, epoch, shard, row): the same
+    for any number of processes and workers. With `train=False` nothing is shuffled. Unreadable images are left out,
+    their ids are in `unreadable` of the item that comes next (of an item without pixels if none does); the second and
+    third rule of [`ImageDataset`] apply, in every worker process for itself.
 
-    Sharding: the dataset holds the part of the stream that belongs to this process (whole shards, if the number of
-    processes divides theirs, otherwise every n-th image) and divides that among the loader's workers, of which no more
-    than there are shards find work. So create it after the `Accelerator`, and do not let `accelerator.prepare` share
-    out its loader once more; `accelerate.data_loader.prepare_data_loader(loader, accelerator.device, num_processes=1,
-    process_index=0, put_on_device=True, dispatch_batches=False)` does the rest of what `prepare` does. A resumed run
-    reads the stream again up to where it was (`accelerator.skip_first_batches`).
+    Sharing: the worker processes of the loaders of all processes get equal parts of the shards. Where the shards do
+    not divide among them, a shard is shared by row, so every image comes once per epoch whatever the numbers of
+    processes, workers and shards. Workers share the cost of reading only where there are at least as many shards.
+    Create the dataset after the `Accelerator`, and do not let `accelerator.prepare` share out its loader once more;
+    [`~softvq_hf.training.dataloader.build_dataloader`] makes such a loader.
+
+    Resuming: `state_dict` tells the position after the last item, exactly and in few bytes, and `load_state_dict`
+    makes the next iteration go on from there with the items of the uninterrupted one; at most `shuffle_buffer_size`
+    rows, and the rows before them in the open shards where their format knows no other way (tar), are read again, none
+    is decoded again. `torchdata.stateful_dataloader.StatefulDataLoader` calls both, in its worker processes too.
 
     Args:
         dataset (`datasets.IterableDataset`): With an undecoded image column.
-        shuffle_buffer_size (`int`): Images in the buffer.
+        max_samples (`int`, *optional*): Use the first images only. Their shards are then read in order, by all.
+        shuffle_buffer_size (`int`): Images that are shuffled at a time.
         resolution, train, center_crop, image_column, label_column: As in [`ImageDataset`].
         id2label, label_ids, seed, max_unreadable_fraction: As in [`ImageDataset`].
 
@@ -305,12 +336,14 @@ class StreamingImageDataset(IterableDataset):
         id2label (`dict[int, str]`): Names of the classes.
         num_classes (`int`): Number of classes.
         resolution (`int`): Side of the images in pixels.
+        num_shards (`int`): Shards that are shuffled and shared.
     """
 
     def __init__(
         self,
         dataset: datasets.IterableDataset,
         *,
+        max_samples: int | None,
         shuffle_buffer_size: int,
         resolution: int,
         train: bool,
@@ -322,13 +355,12 @@ class StreamingImageDataset(IterableDataset):
         seed: int,
         max_unreadable_fraction: float,
     ):
-        if train:
-            dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
-        self.rank = 0
+        self.dataset = dataset if max_samples is None else dataset.take(max_samples)
+        self.num_shards = dataset.num_shards if max_samples is None else 1
+        self.rank, self.world_size = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            dataset = split_dataset_by_node(dataset, rank=self.rank, world_size=world_size)
-        self.dataset = dataset
+            self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.shuffle_buffer_size = shuffle_buffer_size
         self.resolution = resolution
         self.train = train
         self.center_crop = center_crop
@@ -339,34 +371,192 @@ class StreamingImageDataset(IterableDataset):
         self.num_classes = len(id2label)
         self.seed = seed
         self.max_unreadable_fraction = max_unreadable_fraction
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by persistent workers
+        self._position = self._start()
+        self._resumes = False
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order, the crops and the flips of epoch `epoch`."""
         self._epoch.fill_(epoch)
-        self.dataset.set_epoch(epoch)  # shared with the workers by `datasets`
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration of this process (or worker process) stands."""
+        return dict(self._position)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Make the next iteration go on from a position, in the epoch it belongs to.
+
+        Args:
+            state_dict (`dict`): What `state_dict` gave for the same data, arguments, process and worker, and the same
+                numbers of them.
+
+        Raises:
+            ValueError: If there are other numbers of processes, workers or shards than there were.
+        """
+        for name, value in self._readers().items():
+            if state_dict[name] != value:
+                raise ValueError(
+                    f"The position in the stream has `{name}` {state_dict[name]}, this run has {value}: a stream goes"
+                    " on with the same data and as many processes and loader workers as before."
+                )
+        self._position, self._resumes = dict(state_dict), True
+        self._epoch.fill_(state_dict["epoch"])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Not a generator: the position has to be the right one before the first item is asked for.
+        if not self._resumes:
+            self._position = self._start()
+        self._resumes = False
+        return self._items()
+
+    def _readers(self) -> dict[str, int]:
+        """Which of how many readers this process (or worker process) is."""
         worker_info = get_worker_info()
-        worker = 0 if worker_info is None else worker_info.id
-        epoch = int(self._epoch)
-        unreadable = seen = 0
-        for seen, row in enumerate(self.dataset, start=1):
-            try:
-                image = decode_image(row[self.image_column])
-            except UNREADABLE as error:
-                unreadable += 1
-                warn_unreadable(_image_id(row[self.image_column], seen - 1), unreadable, error)
-                check_unreadable(unreadable, seen, None, self.max_unreadable_fraction)
-                continue
+        worker, num_workers = (0, 1) if worker_info is None else (worker_info.id, worker_info.num_workers)
+        return {
+            "reader": self.rank * num_workers + worker,
+            "num_readers": self.world_size * num_workers,
+            "num_shards": self.num_shards,
+        }
+
+    def _start(self) -> dict[str, Any]:
+        return {
+            **self._readers(),
+            "epoch": int(self._epoch),
+            "block": 0,  # blocks of `shuffle_buffer_size` rows that are done
+            "offset": 0,  # rows of the block that are done
+            "rows": ShardRows.START,  # where the rows of the block begin
+            "seen": 0,
+            "unreadable": 0,
+        }
+
+    def _items(self) -> Iterator[dict[str, Any]]:
+        position = self._position
+        epoch, reader, num_readers = (position[name] for name in ("epoch", "reader", "num_readers"))
+        offset, seen, unreadable = (position[name] for name in ("offset", "seen", "unreadable"))
+        shards = np.arange(self.num_shards)
+        if self.train:
+            np.random.default_rng([self.seed, epoch]).shuffle(shards)
+        block_size, open_shards = (self.shuffle_buffer_size, OPEN_SHARDS) if self.train else (1, 1)
+        rows = ShardRows(self.dataset, shards.tolist(), reader, num_readers, open_shards, position["rows"])
+
+        skipped, block = [], list(islice(rows, block_size))
+        while block:
+            next_block, next_rows = [], rows.state_dict()
+            order = np.arange(len(block))
             if self.train:
-                generator = np.random.default_rng([self.seed, epoch, self.rank, worker, seen])
-                image = _augment(image, self, generator)
-            else:
-                image = adm_center_crop(image, self.resolution)
-            yield {"pixel_values": to_pixel_values(image), **_label_and_id(row, seen - 1, self)}
-        if seen and unreadable == seen:
+                np.random.default_rng([self.seed, epoch, reader, position["block"]]).shuffle(order)
+            for place in order[offset:]:
+                shard, row_index, row = block[place]
+                block[place] = None
+                next_block += islice(rows, 1)  # little by little, so that workers read and decode at the same pace
+                offset, seen = offset + 1, seen + 1
+                image_id = _image_id(row[self.image_column], f"shard-{shard}/row-{row_index}")
+                try:
+                    image = decode_image(row[self.image_column])
+                except UNREADABLE as error:
+                    unreadable += 1
+                    skipped.append(image_id)
+                    warn_unreadable(image_id, unreadable, error)
+                    check_unreadable(unreadable, seen, None, self.max_unreadable_fraction)
+                    continue
+                if self.train:
+                    generator = np.random.default_rng([self.seed, epoch, shard, row_index])
+                    image = _augment(image, self, generator)
+                else:
+                    image = adm_center_crop(image, self.resolution)
+                item = {"pixel_values": to_pixel_values(image), **_label(row, image_id, self), "image_id": image_id}
+                if skipped:
+                    item["unreadable"], skipped = skipped, []
+                self._position = {**position, "offset": offset, "seen": seen, "unreadable": unreadable}
+                yield item
+            block = next_block + list(islice(rows, block_size - len(next_block)))
+            position = {**position, "block": position["block"] + 1, "rows": next_rows}
+            offset = 0
+        if seen > 0 and unreadable == seen and (num_readers == 1 or seen > FEW_UNREADABLE):
             raise UnreadableImagesError(f"None of the {seen} images of the stream can be read.")
+        if skipped:
+            pixel_values = torch.empty(0, 3, self.resolution, self.resolution)
+            item = {"pixel_values": pixel_values, **_label(row, image_id, self), "image_id": image_id}
+            yield {**item, "unreadable": skipped}
+
+
+class ShardRows:
+    """
+    The rows that belong to one of several readers, who share the shards of a `datasets.IterableDataset` equally.
+
+    With S shards and N readers every shard has N slots, which its rows take in turn, and of all S * N slots, in the
+    order of the shards, reader n has number n * S to (n + 1) * S - 1. Where N divides S these are whole shards.
+
+    Args:
+        dataset (`datasets.IterableDataset`): Divisible into `len(shards)` shards.
+        shards (`list[int]`): Numbers of all shards, in the order in which to read them.
+        reader (`int`), num_readers (`int`): Which one of how many readers this one is.
+        num_open (`int`): Shards from which rows are taken in turn.
+        state_dict (`dict`): Where to begin: `START`, or what `state_dict()` gave.
+
+    Yields:
+        `tuple[int, int, dict]`: Number of the shard, number of the row in it, and the row.
+    """
+
+    START = {"next_shard": 0, "turn": 0, "open": []}  # next_shard counts from the first shard of this reader
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        shards: list[int],
+        reader: int,
+        num_readers: int,
+        num_open: int,
+        state_dict: dict[str, Any],
+    ):
+        self.dataset = dataset
+        self.num_shards = len(shards)
+        self.num_readers = num_readers
+        self.num_open = num_open
+        start, stop = reader * len(shards), (reader + 1) * len(shards)
+        self.shards = []  # number, first slot, last slot + 1
+        for place in range(start // num_readers, -(-stop // num_readers)):
+            first, last = start - place * num_readers, stop - place * num_readers
+            self.shards.append((shards[place], max(first, 0), min(last, num_readers)))
+        self.next_shard, self.turn = state_dict["next_shard"], state_dict["turn"]
+        self.open = [self._open(**shard) for shard in state_dict["open"]]
+
+    def _open(self, shard: int, row: int = 0, position: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Shard number `shard` of this reader, from row `row` on, where `datasets` stands at `position`."""
+        dataset = self.dataset.shard(num_shards=self.num_shards, index=self.shards[shard][0])
+        if position is not None:
+            dataset.load_state_dict(position)
+        # `iter` does not share the rows out among worker processes once more, as `__iter__` does
+        rows = dataset.iter(batch_size=1)
+        return {"shard": shard, "row": row, "position": position, "dataset": dataset, "rows": rows}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next row comes from."""
+        names = ("shard", "row", "position")
+        opened = [{name: shard[name] for name in names} for shard in self.open]
+        return {"next_shard": self.next_shard, "turn": self.turn, "open": opened}
+
+    def __iter__(self) -> "ShardRows":
+        return self
+
+    def __next__(self) -> tuple[int, int, dict[str, Any]]:
+        while self.open or self.next_shard < len(self.shards):
+            while len(self.open) < self.num_open and self.next_shard < len(self.shards):
+                self.open.append(self._open(self.next_shard))
+                self.next_shard += 1
+            self.turn %= len(self.open)
+            shard = self.open[self.turn]
+            number, first_slot, last_slot = self.shards[shard["shard"]]
+            for row in shard["rows"]:
+                index, shard["row"] = shard["row"], shard["row"] + 1
+                if first_slot <= index % self.num_readers < last_slot:
+                    shard["position"] = shard["dataset"].state_dict()
+                    self.turn += 1
+                    return number, index, {name: values[0] for name, values in row.items()}
+            del self.open[self.turn]
+        raise StopIteration
 
 
 def collate_images(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -378,8 +568,9 @@ def collate_images(batch: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `dict`: `pixel_values` (`torch.Tensor` of shape `(B, 3, R, R)`, float32), `class_labels` (`torch.Tensor` of
-        shape `(B,)`, int64; not there without labels) and `image_id` (`list` of length B). B is the number of readable
-        images, 0 if there is none.
+        shape `(B,)`, int64; not there without labels), `image_id` (`list` of length B) and, only if there are any,
+        `unreadable` (`list[str]`, ids of the images that could not be read while the batch was made). B is the number
+        of readable images, 0 if there is none.
     """
     readable = [item for item in batch if item["pixel_values"].ndim == 3]
     collated: dict[str, Any] = {"pixel_values": batch[0]["pixel_values"]}
@@ -388,6 +579,9 @@ def collate_images(batch: list[dict[str, Any]]) -> dict[str, Any]:
     if "class_labels" in batch[0]:
         collated["class_labels"] = torch.tensor([item["class_labels"] for item in readable], dtype=torch.int64)
     collated["image_id"] = [item["image_id"] for item in readable]
+    unreadable = [str(image_id) for item in batch for image_id in item.get("unreadable", ())]
+    if unreadable:
+        collated["unreadable"] = unreadable
     return collated
 
 
@@ -467,7 +661,8 @@ def _load(
         kind = "the local folder" if folder.is_dir() else f"{source!r} is no local folder, and the Hub data set"
         raise ValueError(
             f"The data set {source!r} cannot be loaded: {kind} gives {type(error).__name__}: {error}. Allowed: a"
-            " folder of images, of parquet files or of a saved `datasets` data set, a Hub id, or 'photographs'."
+            " folder of images, of parquet or webdataset tar files or of a saved `datasets` data set, a Hub id, or"
+            " 'photographs'."
         ) from error
 
 
@@ -522,31 +717,46 @@ def _is_label(feature: Any) -> bool:
 
 
 def _read_labels(
-    dataset: datasets.Dataset | datasets.IterableDataset, label_column: str | None, source: str
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    label_column: str | None,
+    num_classes: int | None,
+    source: str,
 ) -> tuple[dict[int, str], dict[str, int] | None]:
     """Names of the classes and, for string labels, their ids."""
-    if label_column is None:
-        return {}, None
-    feature = dataset.features[label_column]
-    if isinstance(dataset, datasets.IterableDataset):
-        if not isinstance(feature, datasets.ClassLabel):
-            raise ValueError(
-                f"`label_column` is {label_column!r}, whose classes {source!r} does not list: with `streaming` it has"
-                " to be a ClassLabel column. Allowed: `streaming=False`, or `label_column=None`."
-            )
-        return dict(enumerate(feature.names)), None
-
-    values = dataset.unique(label_column)
-    if any(value is None or (isinstance(value, int) and value < 0) for value in values):
+    id2label, label_ids = {}, None
+    if label_column is not None:
+        feature = dataset.features[label_column]
+        if isinstance(dataset, datasets.IterableDataset):
+            integers = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+            if isinstance(feature, datasets.ClassLabel):
+                id2label = dict(enumerate(feature.names))
+            elif integers and num_classes is not None:
+                id2label = {label: str(label) for label in range(num_classes)}
+            else:
+                needed = "`num_classes` is needed" if integers else "string labels need `streaming=False`"
+                raise ValueError(
+                    f"`label_column` is {label_column!r}, whose classes {source!r} does not list: with `streaming` it"
+                    f" has to be a ClassLabel column, or {needed}. Images without labels: `label_column=None`."
+                )
+        else:
+            values = dataset.unique(label_column)
+            if any(value is None or (isinstance(value, int) and value < 0) for value in values):
+                raise ValueError(
+                    f"`label_column` is {label_column!r}, where images of {source!r} have no label (None, or -1)."
+                )
+            if isinstance(feature, datasets.ClassLabel):
+                id2label = dict(enumerate(feature.names))
+            elif isinstance(values[0], str):
+                id2label = dict(enumerate(sorted(values)))
+                label_ids = {name: label for label, name in id2label.items()}
+            else:
+                id2label = {label: str(label) for label in range(max(max(values) + 1, num_classes or 0))}
+    if num_classes is not None and len(id2label) != num_classes:
         raise ValueError(
-            f"`label_column` is {label_column!r}, where images of {source!r} have no label (None, or -1)."
+            f"`num_classes` is {num_classes}, allowed: {len(id2label)}, as in {source!r} (`label_column` is"
+            f" {label_column!r}), or None."
         )
-    if isinstance(feature, datasets.ClassLabel):
-        return dict(enumerate(feature.names)), None
-    if isinstance(values[0], str):
-        names = sorted(values)
-        return dict(enumerate(names)), {name: label for label, name in enumerate(names)}
-    return {label: str(label) for label in range(max(values) + 1)}, None
+    return id2label, label_ids
 
 
 def _image_id(value: dict[str, Any] | None, index: int) -> str | int:
@@ -568,12 +778,15 @@ def _augment(
     return random_horizontal_flip(image, generator)
 
 
-def _label_and_id(row: dict[str, Any], index: int, dataset: ImageDataset | StreamingImageDataset) -> dict[str, Any]:
-    item: dict[str, Any] = {}
-    if dataset.label_column is not None:
-        label = row[dataset.label_column]
-        if label is None or label == -1:
-            raise ValueError(f"Image {_image_id(row[dataset.image_column], index)} has no label (None, or -1).")
-        item["class_labels"] = label if dataset.label_ids is None else dataset.label_ids[label]
-    item["image_id"] = _image_id(row[dataset.image_column], index)
-    return item
+def _label(row: dict[str, Any], image_id: str | int, dataset: ImageDataset | StreamingImageDataset) -> dict[str, int]:
+    """`class_labels` of an item, where the data set has them."""
+    if dataset.label_column is None:
+        return {}
+    label = row[dataset.label_column]
+    if label is None or label == -1:
+        raise ValueError(f"Image {image_id} has no label (None, or -1).")
+    if dataset.label_ids is not None:
+        label = dataset.label_ids[label]
+    if not 0 <= label < dataset.num_classes:
+        raise ValueError(f"Image {image_id} has the label {label}, allowed: 0 to {dataset.num_classes - 1}.")
+    return {"class_labels": label}

@@ -253,11 +253,11 @@ class LatentDataset(Dataset):
     Cached latents. Made by [`load_cached_latents`].
 
     Items are dictionaries of `latents` (`torch.Tensor` of shape `(L, C)`, float32, raw: normalise them by
-    [`AutoencoderSoftVQ.scale_latent`]) and `class_labels` (`int`). With `train=True` the latent is that of the mirror
-    image with probability 1/2, keyed by (seed, epoch, index).
+    [`AutoencoderSoftVQ.scale_latent`]), `class_labels` (`int`) and `image_id` (`str`). With `train=True` the latent is
+    that of the mirror image with probability 1/2, keyed by (seed, epoch, index).
 
     Args:
-        dataset (`datasets.Dataset`): Columns `latent`, `latent_flip` and `label`.
+        dataset (`datasets.Dataset`): Columns `latent`, `latent_flip`, `label` and `image_id`.
         id2label (`dict[int, str]`): Names of the classes.
         shift_factor (`float`), scaling_factor (`float`): Normalisation, as in the configuration of the tokenizer.
         tokenizer_dir (`str`): Folder of the tokenizer.
@@ -310,4 +310,5 @@ class LatentDataset(Dataset):
         table = self.dataset.data  # of one column, without decoding, only the bytes of this row are read
         values = table.column(column).slice(index, 1).chunk(0).storage.flatten().flatten().to_numpy()
         latents = torch.from_numpy(values.astype(np.float32)).reshape(self.latent_shape)
-        return {"latents": latents, "class_labels": table.column("label")[index].as_py()}
+        class_labels, image_id = (table.column(name)[index].as_py() for name in ("label", "image_id"))
+        return {"latents": latents, "class_labels": class_labels, "image_id": image_id}
