@@ -1,9 +1,11 @@
 """`AutoencoderSoftVQ` as a model: outputs, positions, exactness of memory switches, precision, saving, bad input."""
 
 import copy
+from datetime import timedelta
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from softvq_hf.models.autoencoder_softvq import (
     AutoencoderSoftVQ,
@@ -106,6 +108,50 @@ def test_indices_belong_to_their_tokens():
     entries = model.quantize.get_codebook_entry(encoded.indices)
     torch.testing.assert_close(encoded.latent, entries, atol=1e-2, rtol=0)
     assert len(encoded.indices.unique()) > 1
+
+
+def test_max_probability_is_that_of_the_indices():
+    model = tiny_model().eval()
+    pixel_values = images_for(model)
+    encoded = model.encode(pixel_values)
+    probabilities = model.quantize(model.quant_conv(model.encoder(pixel_values)))[1]
+    chosen = probabilities.gather(-1, encoded.indices.unsqueeze(-1))
+    torch.testing.assert_close(encoded.max_probability, chosen.mean())
+    assert not model(pixel_values).max_probability.requires_grad
+    assert tiny_model(quantizer="vq")(pixel_values).max_probability is None
+
+
+def entropy_of_half_the_batch(rank, folder, quantizer):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=5)
+    )
+    torch.manual_seed(0)
+    model = tiny_model(quantizer=quantizer).train()
+    model.enable_synchronized_entropy()
+    loss = model.encode(images_for(model, batch_size=4)[2 * rank : 2 * rank + 2]).entropy_loss
+    loss.backward()
+    gradient = model.quant_conv.weight.grad
+    save_file({"loss": loss.detach(), "gradient": gradient}, f"{folder}/rank{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["softvq", "vq"])
+def test_synchronized_entropy_is_that_of_the_global_batch(quantizer, tmp_path):
+    torch.multiprocessing.spawn(entropy_of_half_the_batch, args=(str(tmp_path), quantizer), nprocs=2)
+    halves = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
+
+    torch.manual_seed(0)
+    model = tiny_model(quantizer=quantizer).train()
+    pixel_values = images_for(model, batch_size=4)
+    loss = model.encode(pixel_values).entropy_loss
+    loss.backward()
+    gradient = model.quant_conv.weight.grad
+    mean = {name: (halves[0][name] + halves[1][name]) / 2 for name in ("loss", "gradient")}
+    torch.testing.assert_close(mean["loss"], loss.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mean["gradient"], gradient, atol=1e-5 * gradient.abs().max().item(), rtol=1e-4)
+    alone = [model.encode(half).entropy_loss for half in pixel_values.split(2)]
+    assert abs((alone[0] + alone[1]) / 2 - loss) > 1e-3  # the mean of the halves' own losses is another one
 
 
 def test_posterior_draws_follow_the_generator():

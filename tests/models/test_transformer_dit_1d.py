@@ -630,3 +630,21 @@ def test_bad_2d_latents(shape):
 def test_bad_configs(change, message):
     with pytest.raises(ValueError, match=message):
         DiTTransformer1DModel(**{**TOKENS_CONFIG, **change})
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_hidden_states_of_a_layer(gradient_checkpointing):
+    model = DiTTransformer1DModel(
+        num_tokens=4, in_channels=3, num_layers=3, num_attention_heads=2, attention_head_dim=8, num_classes=5
+    )
+    if gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    outputs = []
+    model.transformer_blocks[1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    inputs = {"hidden_states": torch.randn(2, 4, 3), "timestep": 7.0, "class_labels": torch.tensor([1, 2])}
+    output = model.eval()(**inputs, hidden_states_layer=2)
+    assert output.hidden_states.shape == (2, 4, 16) and torch.equal(output.hidden_states, outputs[0])
+    assert torch.equal(output.sample, model(**inputs).sample) and model(**inputs).hidden_states is None
+    assert len(model(**inputs, hidden_states_layer=2, return_dict=False)) == 2
+    with pytest.raises(ValueError, match="`hidden_states_layer` is 4, allowed: 1 to 3"):
+        model(**inputs, hidden_states_layer=4)

@@ -23,6 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
+from torch.distributed.nn.functional import all_reduce
 
 
 # of the entropy loss, whatever `tau` is
@@ -70,6 +71,9 @@ class SoftVQEncoderOutput(BaseOutput):
         indices (`torch.LongTensor` of shape `(B, num_codebooks, L / num_codebooks)`, *optional*):
             Most probable ("softvq") or nearest ("vq") codeword of each token. Entry `[b, k, j]` belongs to token
             `k * L / num_codebooks + j` of image `b` and is a row of codebook `k`.
+        max_probability (`torch.Tensor`, *optional*):
+            Scalar in (0, 1] without gradient: probability of the most probable codeword, averaged over all tokens.
+            "softvq" only.
         latent_dist (`TokenGaussianDistribution`, *optional*): Posterior, "kl" only.
         entropy_loss (`torch.Tensor`, *optional*): Scalar, unweighted. "softvq" and "vq" in train mode.
         vq_loss (`torch.Tensor`, *optional*):
@@ -81,6 +85,7 @@ class SoftVQEncoderOutput(BaseOutput):
 
     latent: torch.Tensor
     indices: torch.Tensor | None = None
+    max_probability: torch.Tensor | None = None
     latent_dist: TokenGaussianDistribution | None = None
     entropy_loss: torch.Tensor | None = None
     vq_loss: torch.Tensor | None = None
@@ -96,13 +101,14 @@ class SoftVQOutput(BaseOutput):
     Args:
         sample (`torch.Tensor` of shape `(B, in_channels, H, W)`): Reconstruction, nominally in [-1, 1], not clamped.
         latent (`torch.Tensor` of shape `(B, L, C)`): The latents that were decoded.
-        indices, entropy_loss, vq_loss, commit_loss, kl_loss: As in [`SoftVQEncoderOutput`].
+        indices, max_probability, entropy_loss, vq_loss, commit_loss, kl_loss: As in [`SoftVQEncoderOutput`].
     """
 
     sample: torch.Tensor
     # optional, as everything after the first field: accelerate rebuilds outputs from a dict under mixed precision
     latent: torch.Tensor | None = None
     indices: torch.Tensor | None = None
+    max_probability: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
     vq_loss: torch.Tensor | None = None
     commit_loss: torch.Tensor | None = None
@@ -736,7 +742,7 @@ class SoftVQDecoder(nn.Module):
         return self.pixel_head(hidden_states[:, first : first + grid_size[0] * grid_size[1]], grid_size)
 
 
-def codebook_entropy_loss(affinity: torch.Tensor, epsilon: float) -> torch.Tensor:
+def codebook_entropy_loss(affinity: torch.Tensor, epsilon: float, synchronized: bool = False) -> torch.Tensor:
     """
     Mean entropy of the assignments minus the entropy of the mean assignment, at a fixed temperature of 0.01.
 
@@ -746,6 +752,9 @@ def codebook_entropy_loss(affinity: torch.Tensor, epsilon: float) -> torch.Tenso
     Args:
         affinity (`torch.Tensor` of shape `(..., K)`): Similarity of tokens to the K codewords, larger is closer.
         epsilon (`float`): Added inside the logarithm of the mean assignment.
+        synchronized (`bool`, *optional*, defaults to `False`):
+            Whether the mean assignment is that of all processes, which then have to call this together. The mean of
+            the result over the processes is then the loss of the global batch, and so is its gradient.
 
     Returns:
         `torch.Tensor`: Scalar.
@@ -754,6 +763,8 @@ def codebook_entropy_loss(affinity: torch.Tensor, epsilon: float) -> torch.Tenso
     probs = logits.softmax(dim=-1)
     sample_entropy = -(probs * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
     mean_probs = probs.mean(dim=0)
+    if synchronized:
+        mean_probs = all_reduce(mean_probs) / torch.distributed.get_world_size()
     return sample_entropy + (mean_probs * torch.log(mean_probs + epsilon)).sum()
 
 
@@ -786,6 +797,7 @@ class SoftVectorQuantizer(nn.Module):
         self.num_codebooks = num_codebooks
         self.tau = tau
         self.codebook_l2_norm = codebook_l2_norm
+        self.synchronized_entropy = False
         embedding = (torch.rand(num_codebooks, codebook_size, latent_channels) * 2.0 - 1.0) / codebook_size
         self.embedding = nn.Parameter(F.normalize(embedding, dim=-1) if codebook_l2_norm else embedding)
 
@@ -812,7 +824,7 @@ class SoftVectorQuantizer(nn.Module):
 
     def entropy_loss(self, affinity: torch.Tensor) -> torch.Tensor:
         """Scalar, unweighted, over all tokens of the batch and all codebooks together."""
-        return codebook_entropy_loss(affinity, epsilon=1e-6)
+        return codebook_entropy_loss(affinity, epsilon=1e-6, synchronized=self.synchronized_entropy)
 
     def get_codebook_entry(self, indices: torch.Tensor) -> torch.Tensor:
         """Codewords `(B, L, C)` of `indices` `(B, n, L / n)`: the latents of a one-hot posterior."""
@@ -834,6 +846,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, codebook_size: int, latent_channels: int, codebook_l2_norm: bool):
         super().__init__()
         self.codebook_l2_norm = codebook_l2_norm
+        self.synchronized_entropy = False
         embedding = (torch.rand(codebook_size, latent_channels) * 2.0 - 1.0) / codebook_size
         self.embedding = nn.Parameter(F.normalize(embedding, dim=-1) if codebook_l2_norm else embedding)
 
@@ -868,7 +881,7 @@ class VectorQuantizer(nn.Module):
 
     def entropy_loss(self, distances: torch.Tensor) -> torch.Tensor:
         """Scalar, unweighted, on minus the squared distances."""
-        return codebook_entropy_loss(-distances, epsilon=1e-5)
+        return codebook_entropy_loss(-distances, epsilon=1e-5, synchronized=self.synchronized_entropy)
 
     def get_codebook_entry(self, indices: torch.Tensor) -> torch.Tensor:
         """Codewords `(B, L, C)` of `indices` `(B, 1, L)`."""
@@ -1217,8 +1230,9 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
         ):
             raise ValueError(f"`{name}` has dtype {tensor.dtype}, allowed: {dtype}, the dtype of the model.")
-        # Reading the verdict back would break a compiled graph, and would stall an accelerator in every training step.
-        if torch.compiler.is_compiling() or (self.training and tensor.device.type != "cpu"):
+        # Reading the verdict back would break a compiled graph, and would stall an accelerator in every training step;
+        # and a training loop decides itself what becomes of a batch whose latents overflow.
+        if torch.compiler.is_compiling() or self.training:
             return
         if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
             raise ValueError(f"`{name}` holds NaN or infinite values, allowed: finite numbers.")
@@ -1261,6 +1275,7 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             output = SoftVQEncoderOutput(
                 latent=latent,
                 indices=probs.argmax(dim=-1),
+                max_probability=probs.detach().amax(dim=-1).mean(),
                 entropy_loss=self.quantize.entropy_loss(affinity) if self.training else None,
             )
         elif self.config.quantizer == "vq":
@@ -1366,11 +1381,20 @@ class AutoencoderSoftVQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixi
             sample=sample,
             latent=latent,
             indices=encoded.indices,
+            max_probability=encoded.max_probability,
             entropy_loss=encoded.entropy_loss,
             vq_loss=encoded.vq_loss,
             commit_loss=encoded.commit_loss,
             kl_loss=encoded.kl_loss,
         )
+
+    def enable_synchronized_entropy(self) -> None:
+        """
+        In distributed training, compute the entropy loss ("softvq" and "vq", train mode) over the global batch: all
+        processes must then call the model together. Without it every process has the loss of its own images.
+        """
+        if self.quantize is not None:
+            self.quantize.synchronized_entropy = True
 
     def scale_latent(self, latent: torch.Tensor) -> torch.Tensor:
         """Raw latents to the normalised latents that generators are trained on; any shape."""

@@ -36,9 +36,12 @@ class Transformer1DModelOutput(BaseOutput):
             The prediction, of shape `(batch_size, num_tokens, out_channels)`, or `(batch_size, out_channels,
             sample_size, sample_size)` for 2-D latents: a velocity for flow matching; for a model with learned variance
             the noise followed by the raw variance channels, on the channel axis.
+        hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden size)`, *optional*):
+            The tokens after the block that `hidden_states_layer` asked for.
     """
 
     sample: torch.Tensor
+    hidden_states: torch.Tensor | None = None
 
 
 class DiTAttnProcessor:
@@ -398,6 +401,7 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         force_drop_ids: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        hidden_states_layer: int | None = None,
     ) -> Transformer1DModelOutput | tuple[torch.Tensor]:
         r"""
         Predict the velocity (SiT) or the noise (DiT) of noisy latents.
@@ -421,17 +425,25 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 Passed on to the attention processors. The entry `"scale"` is taken out: it scales the LoRA weights.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`Transformer1DModelOutput`] instead of a plain tuple.
+            hidden_states_layer (`int`, *optional*):
+                Block, counted from 1, after which the tokens are returned too: what representation alignment (REPA,
+                arXiv 2410.06940) compares with a vision model.
 
         Returns:
             [`Transformer1DModelOutput`] or `tuple`: the prediction, of the shape of `hidden_states` with
-            `out_channels` channels.
+            `out_channels` channels; with `hidden_states_layer` the tokens after that block as well.
 
         Raises:
-            ValueError: If a shape does not fit the config or the other arguments, a label is out of range (CPU), or
-                `force_drop_ids` is given to a model without a null class.
+            ValueError: If a shape does not fit the config or the other arguments, a label is out of range (CPU),
+                `force_drop_ids` is given to a model without a null class, or there is no block
+                `hidden_states_layer`.
             TypeError: If `hidden_states` is not of the model's dtype or `class_labels` is not an integer tensor.
         """
         self.check_inputs(hidden_states, timestep, class_labels, force_drop_ids)
+        if hidden_states_layer is not None and not 1 <= hidden_states_layer <= self.config.num_layers:
+            raise ValueError(
+                f"`hidden_states_layer` is {hidden_states_layer}, allowed: 1 to {self.config.num_layers}, or None."
+            )
         batch_size = hidden_states.shape[0]
 
         # 1. Conditioning vector
@@ -457,11 +469,14 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         hidden_states = hidden_states + self.pos_embed
 
         # 3. Blocks
-        for block in self.transformer_blocks:
+        layer_hidden_states = None
+        for layer, block in enumerate(self.transformer_blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, attention_kwargs)
             else:
                 hidden_states = block(hidden_states, conditioning, attention_kwargs)
+            if layer == hidden_states_layer:
+                layer_hidden_states = hidden_states
 
         # 4. Output
         hidden_states = self.norm_out(hidden_states, conditioning)
@@ -475,5 +490,5 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             hidden_states = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
         if not return_dict:
-            return (hidden_states,)
-        return Transformer1DModelOutput(sample=hidden_states)
+            return (hidden_states,) if layer_hidden_states is None else (hidden_states, layer_hidden_states)
+        return Transformer1DModelOutput(sample=hidden_states, hidden_states=layer_hidden_states)
