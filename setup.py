@@ -12,6 +12,7 @@ install_requires = [
     "diffusers>=0.42.1",  # ModelMixin, DiffusionPipeline, schedulers, EMAModel, get_scheduler
     "transformers>=5.23",  # frozen vision teachers (Dinov2Model), HfArgumentParser
     "accelerate>=1.15",  # launch, DDP, mixed precision, saving and resuming the training state
+    "torchdata>=0.11",  # StatefulDataLoader: the position in a stream, prefetching workers included
     "datasets>=5.2",  # images from the Hub, image folders and parquet; the sharded latent cache
     "pyarrow>=26",  # shards of cached latents
     "peft>=0.21",  # LoRA adapters through diffusers' PeftAdapterMixin
@@ -24,6 +25,7 @@ install_requires = [
     "torchmetrics>=1.9",  # PSNR during validation
     "scikit-image>=0.26",  # the photographs of the quickstart, inside its wheel
     "tensorboard>=2.21",  # the default tracker
+    "psutil>=7.2",  # memory of a training process on the CPU
     "matplotlib>=3.11",  # the quickstart's curves and labelled grids
     "tqdm>=4.70",  # progress bars
     "jinja2>=3.1",  # model card templates
@@ -36,6 +38,15 @@ extras_require = {
         "pytest-xdist>=3.8",  # tests on several cores
         "ruff>=0.17.5",  # lint and format
         "import-linter>=2.16",  # who may import whom
+    ],
+    "deepspeed": [
+        "deepspeed>=0.19.8",  # training/accelerate/deepspeed_zero2.yaml
+    ],
+    "8bit": [
+        "bitsandbytes>=0.50",  # --optimizer adam_8bit, adamw_8bit
+    ],
+    "wandb": [
+        "wandb>=0.31",  # --report_to wandb
     ],
     "docs": [
         "mkdocs>=1.6.1",  # the site

@@ -49,13 +49,9 @@ def load_script(name):
 
 
 def arguments_of(script):
-    """The dataclass of arguments that a script defines."""
-    (arguments,) = (
-        value
-        for name, value in vars(script).items()
-        if name.endswith("Arguments") and value.__module__ == script.__name__
-    )
-    return arguments
+    """The dataclass of arguments that a script takes: of those it knows the most derived one."""
+    known = [value for name, value in vars(script).items() if name.endswith("Arguments")]
+    return max(known, key=lambda arguments: len(arguments.__mro__))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Encode a data set once: latents of every image and of its mirror image, for the training of generators.
 
-    accelerate launch training/cache_latents.py --pretrained_model_name_or_path outputs/softvq-l-64 \\
-        --dataset_name ILSVRC/imagenet-1k --output_dir outputs/latents-softvq-l-64
+    accelerate launch training/cache_latents.py --pretrained_model_name_or_path outputs/softvq_l_64 \\
+        --dataset_name ILSVRC/imagenet-1k --output_dir outputs/softvq_l_64_latents
 
 The data set is divided into shards by index, whatever the number of processes; processes take turns at the shards that
 are missing. A shard appears in `--output_dir` when it is finished, so an interrupted run goes on by the same command,

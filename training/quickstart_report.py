@@ -201,9 +201,8 @@ thumbnail (bicubic down, bicubic up) is what the same amount of numbers gives wi
         "  . .venv/bin/activate\n"
         "  accelerate launch training/train_softvq.py --config training/configs/softvq_l_64.yaml\n"
         "  accelerate launch training/cache_latents.py --pretrained_model_name_or_path outputs/softvq_l_64 \\\n"
-        "      --dataset_name ILSVRC/imagenet-1k --output_dir outputs/latents\n"
-        "  accelerate launch training/train_sit.py --config training/configs/sit_xl.yaml \\\n"
-        "      --latents_dir outputs/latents\n\n"
+        "      --dataset_name ILSVRC/imagenet-1k --output_dir outputs/softvq_l_64_latents\n"
+        "  accelerate launch training/train_sit.py --config training/configs/generators/sit_xl_softvq_l_64.yaml\n\n"
         "docs/training.md says more."
     )
 

@@ -11,147 +11,65 @@ with averaged weights, tokenizer, scheduler), with checkpoints, metrics and samp
 diffusers' `AutoencoderKL`: its 2-D latents are cut into patches, as in the baselines SiT-XL/2 and DiT-XL/2.
 """
 
+import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-import yaml
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
 from tqdm.auto import tqdm
 
 from softvq_hf.data import collate_images, load_cached_latents, load_image_dataset
 from softvq_hf.data.latents import read_metadata
-from softvq_hf.losses import diffusion_loss, flow_matching_loss, sample_flow_times
+from softvq_hf.losses import AlignmentLoss, diffusion_loss, flow_matching_loss, load_teacher, lognormal_times
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
-from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel, Transformer1DModelOutput
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from softvq_hf.training.accelerator import build_accelerator
-from softvq_hf.training.arguments import TrainingArguments, check_model_config, check_output_dir, parse_args
-from softvq_hf.training.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
+from softvq_hf.training.arguments import check_model_config, check_output_dir, parse_args
+from softvq_hf.training.checkpointing import (
+    check_resumable,
+    clean_up,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from softvq_hf.training.dataloader import (
+    build_dataloader,
+    check_dataset_size,
+    resolve_max_train_steps,
+    training_batches,
+    write_unreadable_report,
+)
+from softvq_hf.training.distributed import averaged_model, backward, prepare_model
 from softvq_hf.training.generator import build_ddpm_scheduler, encode_latents, get_latent_shape, load_tokenizer
-from softvq_hf.training.hub import export_pipeline, pipeline_card, push_folder, training_command
-from softvq_hf.training.logging import MetricsLogger, mean_over_batches, reduce_losses
+from softvq_hf.training.generator_arguments import SiTTrainingArguments
+from softvq_hf.training.hub import export_pipeline, pipeline_card, push_folder
+from softvq_hf.training.logging import (
+    MetricsLogger,
+    mean_over_batches,
+    reduce_losses,
+    step_statistics,
+    write_run_record,
+)
+from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.optimization import (
+    build_ema,
     build_lr_scheduler,
     build_optimizer,
     clip_gradients,
     scaled_learning_rate,
-    step_generator,
 )
-from softvq_hf.training.state import (
-    TrainerState,
-    check_dataset_size,
-    prepare_dataloader,
-    resolve_max_train_steps,
-    training_batches,
-)
-from softvq_hf.training.validation import averaged_weights, image_grid
+from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
+from softvq_hf.training.randomness import BatchGenerators, batch_generators
+from softvq_hf.training.state import TrainerState
+from softvq_hf.training.validation import image_grid
 
 
 logger = get_logger(__name__)
-
-# Arguments that belong to one objective, or depend on it, with their values; the first is taken if none is given.
-OBJECTIVES = {
-    "flow_matching": {
-        "path_type": ("linear", "cosine"),
-        "weighting": ("uniform", "lognormal"),
-        "sampler": ("ode", "sde"),
-    },
-    "ddpm": {"beta_schedule": ("squaredcos_cap_v2", "linear"), "sampler": ("ddpm", "ddim")},
-}
-
-
-@dataclass(kw_only=True)
-class SiTTrainingArguments(TrainingArguments):
-    """Arguments of this script besides the common ones: the transformer, its latents and its samples."""
-
-    # latents: cached, or made from the images of --dataset_name or --train_data_dir
-    latents_dir: str | None = field(default=None, metadata={"help": "Folder written by training/cache_latents.py."})
-    label_column: str = field(default="label", metadata={"help": "Column of the class labels."})
-    vae: str | None = field(
-        default=None, metadata={"help": "Tokenizer (a folder or a Hub id) that encodes the images; it stays frozen."}
-    )
-
-    # transformer
-    model: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Configuration of a new DiTTransformer1DModel: a mapping in YAML, JSON here. Tokens, channels and"
-            " classes come from the latents where they are not given."
-        },
-    )
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Pipeline (a folder or a Hub id) whose transformer to go on from."}
-    )
-
-    # objective
-    objective: str = field(
-        default="flow_matching",
-        metadata={
-            "help": "Velocity of a flow (SiT), or noise of a DDPM chain (DiT).",
-            "choices": [*OBJECTIVES],
-        },
-    )
-    path_type: str | None = field(
-        default=None, metadata={"help": "Flow matching: path between data and noise, linear (default) or cosine."}
-    )
-    weighting: str | None = field(
-        default=None, metadata={"help": "Flow matching: density of the times, uniform (default) or lognormal."}
-    )
-    beta_schedule: str | None = field(
-        default=None, metadata={"help": "DDPM: noise schedule, squaredcos_cap_v2 (cosine, default) or linear."}
-    )
-
-    # samples: a grid with one row per class every --validation_steps
-    sampler: str | None = field(
-        default=None,
-        metadata={
-            "help": "Scheduler of the pipeline. Flow matching: ode (Euler, default) or sde (Euler-Maruyama)."
-            " DDPM: ddpm (ancestral, default) or ddim (deterministic)."
-        },
-    )
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the sampler in sample grids."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance in sample grids; 1 = off."})
-    num_sample_classes: int = field(default=8, metadata={"help": "Classes in a sample grid, spread over all of them."})
-    num_samples_per_class: int = field(default=4, metadata={"help": "Samples of each class in a grid."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latents_dir is not None and (self.data_source is not None or self.vae is not None):
-            raise ValueError(
-                f"`--latents_dir` is {self.latents_dir!r}, which brings images and tokenizer along: leave out"
-                " `--dataset_name`, `--train_data_dir` and `--vae`."
-            )
-        if self.latents_dir is None and (self.data_source is None or self.vae is None):
-            raise ValueError(
-                "Latents are missing: give `--latents_dir`, or images (`--dataset_name` or `--train_data_dir`) and the"
-                " tokenizer (`--vae`) that encodes them."
-            )
-        if (self.model is None) == (self.pretrained_model_name_or_path is None):
-            raise ValueError(
-                f"`--model` is {self.model!r} and `--pretrained_model_name_or_path` is"
-                f" {self.pretrained_model_name_or_path!r}, allowed: exactly one of them."
-            )
-        for name in ("path_type", "weighting", "beta_schedule", "sampler"):
-            allowed = OBJECTIVES[self.objective].get(name, ())
-            if getattr(self, name) is None:
-                setattr(self, name, allowed[0] if allowed else None)
-            elif getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`--{name}` is {getattr(self, name)!r}, allowed with `--objective {self.objective}`:"
-                    f" {', '.join(allowed) or 'none'}."
-                )
-        for name in ("num_inference_steps", "num_sample_classes", "num_samples_per_class"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
-        if not self.guidance_scale >= 1:
-            raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers from 1 on.")
 
 
 def build_transformer(
@@ -201,8 +119,14 @@ def build_transformer(
             f"`--guidance_scale` is {args.guidance_scale}, allowed: 1 for a transformer without label dropout"
             " (`class_dropout_prob` is 0)."
         )
+    if args.repa_teacher is not None and args.repa_layer > config.num_layers:
+        raise ValueError(
+            f"`--repa_layer` is {args.repa_layer}, allowed: 1 to {config.num_layers}, the blocks there are."
+        )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        transformer.compile_repeated_blocks()
     return transformer
 
 
@@ -228,40 +152,84 @@ def build_pipeline(
     return SoftVQPipeline(vae=vae, transformer=transformer, scheduler=scheduler, id2label=id2label)
 
 
-def compute_losses(
-    args: SiTTrainingArguments,
-    transformer: torch.nn.Module,
-    scheduler: SchedulerMixin,
-    latents: torch.Tensor,
-    class_labels: torch.Tensor,
-    class_dropout_prob: float,
-    generator: torch.Generator,
-) -> dict[str, torch.Tensor]:
-    """The loss and its terms by name, averaged over the batch. All draws come from `generator`, on the CPU."""
-    batch_size, device = len(latents), latents.device
-    if args.objective == "flow_matching":
-        times = sample_flow_times(batch_size, args.weighting, args.path_type, generator, device)
-    else:
-        num_timesteps = scheduler.config.num_train_timesteps
-        timesteps = torch.randint(num_timesteps, (batch_size,), generator=generator).to(device)
-    noise = torch.randn(latents.shape, generator=generator).to(device)
-    dropout = {}
-    if class_dropout_prob > 0:
-        dropped = torch.rand(batch_size, generator=generator) < class_dropout_prob
-        dropout["force_drop_ids"] = dropped.to(device)
+class TransformerWithLoss(nn.Module):
+    """
+    The transformer, its objective and, for REPA, the projection of its hidden states: one module for one optimizer.
 
-    if args.objective == "flow_matching":
-        losses = flow_matching_loss(transformer, scheduler, latents, class_labels, times, noise, **dropout)
-        return {"loss": losses.mean()}
-    losses = diffusion_loss(transformer, scheduler, latents, class_labels, timesteps, noise, **dropout)
-    return {name: value.mean() for name, value in losses.items()}
+    Args:
+        args (`SiTTrainingArguments`): The objective.
+        transformer ([`DiTTransformer1DModel`]): The transformer, which alone is averaged and saved.
+        scheduler (`SchedulerMixin`): How noise is mixed into the latents.
+        teacher_hidden_size (`int`, *optional*): Channels of the teacher's tokens, with REPA.
+    """
+
+    def __init__(
+        self,
+        args: SiTTrainingArguments,
+        transformer: DiTTransformer1DModel,
+        scheduler: SchedulerMixin,
+        teacher_hidden_size: int | None,
+    ) -> None:
+        super().__init__()
+        self.args = args
+        self.transformer = transformer
+        self.scheduler = scheduler
+        self.alignment = None
+        if teacher_hidden_size is not None:
+            hidden_size = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+            self.alignment = AlignmentLoss(hidden_size, teacher_hidden_size, args.repa_hidden_size, args.repa_mode)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor,
+        generators: BatchGenerators,
+        teacher_tokens: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The loss and its terms by name, averaged over the batch, for normalised latents. Draws from `generators`."""
+        args, device = self.args, latents.device
+        noise = generators.randn(*latents.shape[1:]).to(device)
+        options = {}
+        if self.transformer.config.class_dropout_prob > 0:
+            dropped = generators.rand() < self.transformer.config.class_dropout_prob
+            options["force_drop_ids"] = dropped.to(device)
+        if self.alignment is not None:
+            options["hidden_states_layer"] = args.repa_layer
+        outputs = []
+
+        def transformer(*inputs, **conditions) -> Transformer1DModelOutput:
+            outputs.append(self.transformer(*inputs, **conditions))
+            return outputs[-1]
+
+        if args.objective == "flow_matching":
+            times = generators.rand()
+            if args.weighting == "lognormal":
+                times = lognormal_times(generators.randn(), args.path_type)
+            times = times.to(device)
+            losses = {
+                "loss": flow_matching_loss(transformer, self.scheduler, latents, class_labels, times, noise, **options)
+            }
+        else:
+            timesteps = generators.randint(self.scheduler.config.num_train_timesteps).to(device)
+            losses = diffusion_loss(transformer, self.scheduler, latents, class_labels, timesteps, noise, **options)
+        losses = {name: value.mean() for name, value in losses.items()}
+        if self.alignment is not None:
+            hidden_states = outputs[0].hidden_states
+            losses["alignment"] = self.alignment(hidden_states, teacher_tokens, generators.shared)
+            losses["loss"] = losses["loss"] + args.repa_weight * losses["alignment"]
+        return losses
 
 
 def main(args: SiTTrainingArguments) -> None:
     check_output_dir(args.output_dir)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     accelerator = build_accelerator(args)
     device = accelerator.device
+    if accelerator.is_main_process:
+        clean_up(args.output_dir)
+    accelerator.wait_for_everyone()
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_resumable(checkpoint, args, accelerator.num_processes)
     repo_id = args.repo_id
     if args.push_to_hub and accelerator.is_main_process:  # before the work: a token that cannot write is an error now
         repo_id = create_repo(repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id
@@ -279,6 +247,7 @@ def main(args: SiTTrainingArguments) -> None:
                 center_crop=True,
                 max_samples=args.max_train_samples,
                 label_column=args.label_column,
+                num_classes=args.num_classes,
                 **args.dataset_options(),
             )
             vae = load_tokenizer(args.vae)
@@ -293,131 +262,152 @@ def main(args: SiTTrainingArguments) -> None:
                 raise ValueError(f"`--resolution` is {args.resolution}, the tokenizer takes {vae.config.sample_size}.")
     vae.requires_grad_(False).eval().to(device)
     check_dataset_size(train_dataset, args.train_batch_size, accelerator.num_processes)
-    train_dataloader = DataLoader(
+    train_dataloader = build_dataloader(
+        accelerator,
         train_dataset,
-        batch_size=args.train_batch_size,
-        shuffle=not isinstance(train_dataset, IterableDataset),
-        drop_last=True,
+        args.train_batch_size,
         collate_fn=None if args.latents_dir is not None else collate_images,
         num_workers=args.dataloader_num_workers,
+        train=True,
     )
-    train_dataloader = prepare_dataloader(accelerator, train_dataloader)
+    accumulation_steps = accelerator.gradient_accumulation_steps
+    max_train_steps = resolve_max_train_steps(
+        train_dataloader, args.max_train_steps, args.num_train_epochs, accumulation_steps
+    )
+    args.check_length(max_train_steps)
 
     # 2. Transformer, scheduler, optimizer. The learning rate's schedule is not prepared: it advances once per update.
     transformer = build_transformer(args, get_latent_shape(vae, args.resolution), train_dataset.num_classes)
     scheduler = build_scheduler(args, transformer.out_channels > transformer.config.in_channels)
-    max_train_steps = resolve_max_train_steps(
-        train_dataloader, args.max_train_steps, args.num_train_epochs, args.gradient_accumulation_steps
-    )
+    teacher = None
+    if args.repa_teacher is not None:
+        with accelerator.local_main_process_first():  # one process of a machine downloads
+            teacher = load_teacher(args.repa_teacher, args.resolution, args.repa_patch_size).to(device)
+    model = TransformerWithLoss(args, transformer, scheduler, None if teacher is None else teacher.hidden_size)
     learning_rate = scaled_learning_rate(args, args.learning_rate, accelerator.num_processes)
-    optimizer = build_optimizer(args, transformer.parameters(), learning_rate)
+    optimizer = build_optimizer(args, model.parameters(), learning_rate)
     lr_scheduler = build_lr_scheduler(args, optimizer, max_train_steps)
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    plain_transformer = accelerator.unwrap_model(transformer)
-    class_dropout_prob = plain_transformer.config.class_dropout_prob
+    model, optimizer = prepare_model(accelerator, model, optimizer)
+    plain_transformer = accelerator.unwrap_model(model).transformer
 
     # 3. Averaged weights, and everything as it was at the checkpoint
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(plain_transformer.parameters(), decay=args.ema_decay, min_decay=args.ema_decay, foreach=True)
-        ema.optimization_step = 1  # with min_decay: the constant decay from the first update on
+    ema = build_ema(args, plain_transformer)
     state = TrainerState()
     parts = {"ema": ema, "lr_schedulers": [lr_scheduler]}
     if checkpoint is not None:
-        load_checkpoint(accelerator, checkpoint, state, **parts)
+        load_checkpoint(accelerator, checkpoint, args, state, **parts)
+    write_run_record(accelerator, args, state)
     metrics = MetricsLogger(accelerator, args, state)
-    if accelerator.is_main_process:
-        Path(args.output_dir, "args.yaml").write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
 
-    pipeline = build_pipeline(args, vae, plain_transformer, scheduler, train_dataset.id2label)
-    pipeline.set_progress_bar_config(desc="samples", leave=False)
     num_classes = train_dataset.num_classes
     sample_classes = torch.linspace(0, num_classes - 1, min(args.num_sample_classes, num_classes)).round().long()
     logger.info(
         f"Training {plain_transformer.num_parameters() / 1e6:.1f}M parameters from step {state.step} to"
         f" {max_train_steps}, {args.train_batch_size} x {accelerator.num_processes} processes x"
-        f" {args.gradient_accumulation_steps} accumulated samples per step"
+        f" {accumulation_steps} accumulated samples per step"
     )
 
     # 4. Train
     progress = tqdm(
         total=max_train_steps, initial=state.step, desc="generator", disable=not accelerator.is_local_main_process
     )
-    transformer.train()
-    values_of_step, step_started = [], time.perf_counter()
-    for batch in training_batches(accelerator, train_dataloader, train_dataset, state, max_train_steps):
-        generator = step_generator(args.seed, state.epoch, state.batch, accelerator.process_index)
-        step = state.step + 1
-        class_labels = batch["class_labels"]
-        if args.latents_dir is not None:
-            latents = vae.scale_latent(batch["latents"].float())
-        else:
-            with torch.no_grad(), accelerator.autocast():
-                latents = encode_latents(vae, batch["pixel_values"], generator)
+    model.train()
+    values_of_step, update_is_finite, step_started = [], True, time.perf_counter()
+    with preemption_handler() as preempted:
+        for batch in training_batches(accelerator, train_dataloader, train_dataset, state, max_train_steps):
+            step = state.step + 1
+            class_labels = batch["class_labels"]
+            position = (state.batch - 1) * accelerator.num_processes + accelerator.process_index
+            generators = batch_generators(
+                args.seed, step, state.epoch, position * args.train_batch_size, len(class_labels)
+            )
+            teacher_tokens = None
+            if args.latents_dir is not None:
+                latents = vae.scale_latent(batch["latents"].float())
+            else:
+                with torch.no_grad(), accelerator.autocast():
+                    latents = encode_latents(vae, batch["pixel_values"], generators.samples)
+                    if teacher is not None:
+                        teacher_tokens = teacher(batch["pixel_values"])
 
-        with accelerator.accumulate(transformer):
-            losses = compute_losses(args, transformer, scheduler, latents, class_labels, class_dropout_prob, generator)
-            values = reduce_losses(accelerator, losses, step)
+            with accelerator.accumulate(model):
+                losses = model(latents, class_labels, generators, teacher_tokens)
+                values = reduce_losses(accelerator, losses)
+                update_is_finite &= check_finite(accelerator, args, state, values, batch["image_id"])
 
-            accelerator.backward(losses["loss"])
-            if accelerator.sync_gradients:
-                norm = clip_gradients(accelerator, optimizer, transformer.parameters(), args.max_grad_norm)
-                values["grad_norm"] = norm.item()
-            optimizer.step()
-            optimizer.zero_grad()
+                if update_is_finite:
+                    backward(accelerator, model, losses["loss"])
+                    if accelerator.sync_gradients:
+                        norm = clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
+                        values["grad_norm"] = norm.item()
+                        if accelerator.scaler is None:  # the loss scale of fp16 leaves such updates out by itself
+                            norms = {"grad_norm": values["grad_norm"]}
+                            update_is_finite = check_finite(accelerator, args, state, norms, batch["image_id"])
+                if update_is_finite:
+                    optimizer.step()
+                optimizer.zero_grad()
 
-        values_of_step.append(values)
-        if not accelerator.sync_gradients:
-            continue
+            values_of_step.append(values)
+            if not accelerator.sync_gradients:
+                continue
 
-        # An optimizer update is done
-        state.step = step
-        values = mean_over_batches(values_of_step)
-        values["learning_rate"] = optimizer.param_groups[0]["lr"]
-        lr_scheduler.step()
-        if ema is not None:
-            ema.step(plain_transformer.parameters())
+            # An optimizer update is done
+            state.step = step
+            values = mean_over_batches(values_of_step)
+            values["learning_rate"] = optimizer.param_groups[0]["lr"]
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step(plain_transformer.parameters())
 
-        samples = len(latents) * accelerator.num_processes * len(values_of_step)
-        values["images_per_second"] = samples / (time.perf_counter() - step_started)
-        progress.update()
-        progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
-        if step % args.logging_steps == 0:
-            metrics.log(values)
+            samples = len(latents) * accelerator.num_processes * len(values_of_step)
+            values |= step_statistics(accelerator, state, samples, time.perf_counter() - step_started)
+            progress.update()
+            progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
+            if step % args.logging_steps == 0:
+                metrics.log(values)
 
-        if args.validation_steps > 0 and (step % args.validation_steps == 0 or step == max_train_steps):
-            if accelerator.is_main_process:
-                with averaged_weights(ema, plain_transformer), accelerator.autocast():
-                    images = pipeline(
-                        sample_classes.repeat_interleave(args.num_samples_per_class),
-                        guidance_scale=args.guidance_scale,
-                        num_inference_steps=args.num_inference_steps,
-                        generator=torch.Generator().manual_seed(args.seed),  # the same noise at every step
-                        output_type="pt",
-                    ).images
-                metrics.log_image("samples", image_grid(images.float().cpu() * 2 - 1, args.num_samples_per_class))
-            accelerator.wait_for_everyone()
-        if step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args.output_dir, state, args.checkpoints_total_limit, **parts)
-        values_of_step, step_started = [], time.perf_counter()
+            if args.validation_steps > 0 and (step % args.validation_steps == 0 or step == max_train_steps):
+                with averaged_model(accelerator, plain_transformer, ema) as averaged_transformer:
+                    if accelerator.is_main_process:
+                        pipeline = build_pipeline(args, vae, averaged_transformer, scheduler, train_dataset.id2label)
+                        pipeline.set_progress_bar_config(desc="samples", leave=False)
+                        with accelerator.autocast():
+                            images = pipeline(
+                                sample_classes.repeat_interleave(args.num_samples_per_class),
+                                guidance_scale=args.guidance_scale,
+                                num_inference_steps=args.num_inference_steps,
+                                generator=torch.Generator().manual_seed(args.seed),  # the same noise at every step
+                                output_type="pt",
+                            ).images
+                        grid = image_grid(images.float().cpu() * 2 - 1, args.num_samples_per_class)
+                        metrics.log_image("samples", grid)
+                accelerator.wait_for_everyone()
+            is_preempted = preempted(accelerator)
+            if step % args.checkpointing_steps == 0 or is_preempted:
+                save_checkpoint(accelerator, args, state, **parts)
+            if is_preempted:
+                metrics.close()
+                sys.exit(PREEMPTED_EXIT_CODE)
+            values_of_step, update_is_finite, step_started = [], True, time.perf_counter()
     progress.close()
 
     # 5. The result: a pipeline with averaged weights, a model card, and both on the Hub
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        card = pipeline_card(
-            pipeline,
-            repo_id=repo_id,
-            dataset_name=args.data_source or read_metadata(args.latents_dir)["dataset"]["source"],
-            training_command=training_command(accelerator.num_processes, accelerator.mixed_precision),
-            training_settings=args.to_dict(),
-            base_model=args.pretrained_model_name_or_path,
-        )
-        with averaged_weights(ema, plain_transformer):
+    write_unreadable_report(accelerator, args.output_dir, state)
+    with averaged_model(accelerator, plain_transformer, ema) as averaged_transformer:
+        if accelerator.is_main_process:
+            pipeline = build_pipeline(args, vae, averaged_transformer, scheduler, train_dataset.id2label)
+            card = pipeline_card(
+                pipeline,
+                repo_id=repo_id,
+                dataset_name=args.data_source or read_metadata(args.latents_dir)["dataset"]["source"],
+                run_dir=args.output_dir,
+                base_model=args.pretrained_model_name_or_path,
+            )
             export_pipeline(pipeline, args.output_dir, card)
-        if args.push_to_hub:
-            url = push_folder(repo_id, args.output_dir, token=args.hub_token)
-            logger.info(f"Uploaded to {url}")
+            if args.push_to_hub:
+                url = push_folder(repo_id, args.output_dir, token=args.hub_token)
+                logger.info(f"Uploaded to {url}")
+    accelerator.wait_for_everyone()
     metrics.close()
 
 

@@ -1,4 +1,4 @@
-"""Train a SoftVQ-VAE tokenizer (arXiv 2412.10958), or one of its VQ, KL and plain siblings, with accelerate.
+"""Train a SoftVQ-VAE tokenizer (arXiv 2412.10958), or one of its VQ, KL, plain and MAETok siblings, with accelerate.
 
     accelerate launch training/train_softvq.py --config training/configs/softvq_l_64.yaml
 
@@ -7,426 +7,405 @@ and, as detached reconstructions beside the originals, by the discriminator. `--
 `AutoencoderSoftVQ.from_pretrained`, with checkpoints, metrics and pictures beside the weights.
 """
 
+import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
+from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from softvq_hf.conversion.dinov2 import load_dinov2, load_dinov2_encoder
-from softvq_hf.data import collate_images, load_image_dataset
+from softvq_hf.data import ImageDataset, StreamingImageDataset, collate_images, load_image_dataset
 from softvq_hf.losses import (
     ADVERSARIAL_LOSSES,
-    ALIGNMENT_MODES,
-    DISCRIMINATORS,
-    AlignmentLoss,
+    STRONG_AUGMENTATION,
+    WEAK_AUGMENTATION,
     LeCAMRegularizer,
     PerceptualLoss,
-    PerceptualWeightsUnavailable,
     adaptive_weight,
     adversarial_weight,
     build_discriminator,
+    consistency_loss,
+    differentiable_augmentation,
     frozen_discriminator,
-    load_teacher,
     warmup_weight,
 )
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.training.accelerator import build_accelerator
-from softvq_hf.training.arguments import TrainingArguments, check_model_config, check_output_dir, parse_args
-from softvq_hf.training.checkpointing import find_checkpoint, load_checkpoint, save_checkpoint
-from softvq_hf.training.hub import export_model, push_folder, tokenizer_card, training_command
-from softvq_hf.training.logging import MetricsLogger, mean_over_batches, reduce_losses
+from softvq_hf.training.arguments import check_output_dir, parse_args
+from softvq_hf.training.checkpointing import (
+    check_resumable,
+    clean_up,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from softvq_hf.training.dataloader import (
+    build_dataloader,
+    check_dataset_size,
+    resolve_max_train_steps,
+    training_batches,
+    write_unreadable_report,
+)
+from softvq_hf.training.distributed import averaged_model, backward, prepare_model
+from softvq_hf.training.fine_tuning import merged_tokenizer
+from softvq_hf.training.hub import export_model, push_folder, tokenizer_card
+from softvq_hf.training.logging import (
+    MetricsLogger,
+    mean_over_batches,
+    reduce_losses,
+    step_statistics,
+    write_run_record,
+)
 from softvq_hf.training.masking import sample_patch_mask
+from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.optimization import (
+    build_ema,
     build_lr_scheduler,
     build_optimizer,
     clip_gradients,
     scaled_learning_rate,
-    step_generator,
 )
-from softvq_hf.training.state import (
-    TrainerState,
-    check_dataset_size,
-    prepare_dataloader,
-    resolve_max_train_steps,
-    training_batches,
-)
-from softvq_hf.training.validation import averaged_weights, evaluate_reconstruction, reconstruction_grid
+from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
+from softvq_hf.training.randomness import BatchGenerators, batch_generators
+from softvq_hf.training.state import TrainerState
+from softvq_hf.training.tokenizer import TokenizerWithHeads, build_tokenizer, load_teachers
+from softvq_hf.training.tokenizer_arguments import SoftVQTrainingArguments
+from softvq_hf.training.validation import evaluate_reconstruction, reconstruction_grid
 
 
 logger = get_logger(__name__)
 
 
-@dataclass(kw_only=True)
-class SoftVQTrainingArguments(TrainingArguments):
-    """Arguments of this script besides the common ones: the tokenizer and the weights of its losses."""
-
-    # tokenizer
-    model: dict | str | None = field(
-        default=None, metadata={"help": "Configuration of a new AutoencoderSoftVQ: a mapping in YAML, JSON here."}
+def load_datasets(
+    args: SoftVQTrainingArguments,
+) -> tuple[ImageDataset | StreamingImageDataset, ImageDataset | StreamingImageDataset | None]:
+    """The images to train on and, unless it is off, those to validate on. A tokenizer needs no labels."""
+    options = {"label_column": None, **args.dataset_options()}
+    train_dataset = load_image_dataset(
+        args.data_source, split=args.train_split, train=True, max_samples=args.max_train_samples, **options
     )
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer to go on from, instead of --model: a folder or a Hub id."}
-    )
-    encoder_init: str | None = field(
-        default=None, metadata={"help": "DINOv2 (a folder or a Hub id) whose weights a new encoder starts from."}
-    )
-
-    # masked patches (MAETok), for a tokenizer with `encoder_mask_token`
-    mask_ratio_min: float = field(default=0.0, metadata={"help": "Smallest share of masked patches of an image."})
-    mask_ratio_max: float = field(default=0.0, metadata={"help": "Largest and most likely share; 0 masks nothing."})
-
-    # losses
-    reconstruction_loss: str = field(default="l2", metadata={"help": "Distance of pixels.", "choices": ["l1", "l2"]})
-    reconstruction_weight: float = field(default=1.0, metadata={"help": "Weight of the pixel distance."})
-    entropy_weight: float = field(default=0.01, metadata={"help": "Weight of the codebook entropy (softvq, vq)."})
-    vq_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that moves codewords (vq)."})
-    commit_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment loss (vq)."})
-    kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL divergence (kl)."})
-    perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of LPIPS-VGG; 0 = off."})
-    perceptual_warmup_steps: int = field(default=0, metadata={"help": "Updates in which it grows from 0."})
-    perceptual_dropout: bool = field(default=False, metadata={"help": "Dropout inside LPIPS, as published."})
-    perceptual_trunk: str | None = field(
-        default=None, metadata={"help": "File of torchvision's VGG16 weights; by default its cache or a download."}
-    )
-    discriminator: str = field(default="none", metadata={"help": f"none, {', '.join(DISCRIMINATORS)}."})
-    discr_learning_rate: float | None = field(default=None, metadata={"help": "By default --learning_rate."})
-    adversarial_loss: str = field(
-        default="hinge", metadata={"help": "GAN objective.", "choices": list(ADVERSARIAL_LOSSES)}
-    )
-    adversarial_weight: float = field(default=0.2, metadata={"help": "Weight of the adversarial losses."})
-    adversarial_start: int = field(default=0, metadata={"help": "First update with adversarial losses."})
-    adaptive_adversarial_weight: bool = field(
-        default=False, metadata={"help": "Scale by the ratio of gradient norms at the last layer (VQGAN)."}
-    )
-    lecam_weight: float = field(default=0.0, metadata={"help": "Weight of LeCAM regularisation; 0 = off."})
-    alignment_teacher: str | None = field(
-        default=None, metadata={"help": "Frozen vision model of transformers the latents are aligned to."}
-    )
-    alignment_weight: float = field(default=0.1, metadata={"help": "Weight of the alignment loss."})
-    alignment_mode: str = field(
-        default="repeat",
-        metadata={
-            "help": "How latents meet teacher tokens.",
-            "choices": list(ALIGNMENT_MODES),
-        },
-    )
-    alignment_hidden_size: int = field(default=1024, metadata={"help": "Width of the projection to the teacher."})
-    alignment_patch_size: int | None = field(
-        default=None, metadata={"help": "Patch size the teacher is resampled to; by default its own."}
-    )
-
-    # validation
-    validation_split: str = field(default="validation", metadata={"help": "Split that validation measures."})
-    max_validation_samples: int | None = field(default=1000, metadata={"help": "Images PSNR is measured on."})
-    num_validation_images: int = field(default=8, metadata={"help": "Images in the picture of reconstructions."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data_source is None:
-            raise ValueError("Neither `--dataset_name` nor `--train_data_dir` is given, one of them is needed.")
-        if (self.model is None) == (self.pretrained_model_name_or_path is None):
-            raise ValueError(
-                f"`--model` is {self.model!r} and `--pretrained_model_name_or_path` is"
-                f" {self.pretrained_model_name_or_path!r}, allowed: exactly one of them."
-            )
-        if self.encoder_init is not None and self.pretrained_model_name_or_path is not None:
-            raise ValueError("`--encoder_init` starts a new tokenizer, `--pretrained_model_name_or_path` has weights.")
-        for name in vars(self):
-            if name.endswith("_weight") and not isinstance(getattr(self, name), bool) and not getattr(self, name) >= 0:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: numbers from 0 on.")
-        if not 0 <= self.mask_ratio_min <= self.mask_ratio_max <= 1:
-            raise ValueError(
-                f"`--mask_ratio_min` is {self.mask_ratio_min} and `--mask_ratio_max` is {self.mask_ratio_max},"
-                " allowed: 0 <= min <= max <= 1."
-            )
-        if self.discriminator not in ("none", *DISCRIMINATORS):
-            raise ValueError(
-                f"`--discriminator` is {self.discriminator!r}, allowed: none, {', '.join(DISCRIMINATORS)}."
-            )
-        if self.discriminator != "none" and self.max_train_steps is not None:
-            if self.adversarial_start >= self.max_train_steps:
-                raise ValueError(
-                    f"`--adversarial_start` is {self.adversarial_start}, allowed: below `--max_train_steps`"
-                    f" {self.max_train_steps}; `--discriminator none` trains without one."
-                )
-
-
-def build_tokenizer(args: SoftVQTrainingArguments) -> AutoencoderSoftVQ:
-    """A new tokenizer, with DINOv2 weights in its encoder if asked for, or a trained one."""
-    if args.pretrained_model_name_or_path is not None:
-        model = AutoencoderSoftVQ.from_pretrained(args.pretrained_model_name_or_path)
-    else:
-        check_model_config(AutoencoderSoftVQ, args.model)
-        model = AutoencoderSoftVQ(**{"sample_size": args.resolution, **args.model})
-    if model.config.sample_size not in (args.resolution, [args.resolution] * 2, (args.resolution, args.resolution)):
-        raise ValueError(f"`--resolution` is {args.resolution}, the tokenizer takes {model.config.sample_size}.")
-    if args.encoder_init is not None:
-        load_dinov2_encoder(model, load_dinov2(args.encoder_init))
-    if args.mask_ratio_max > 0 and not model.config.encoder_mask_token:
-        raise ValueError(
-            f"`--mask_ratio_max` is {args.mask_ratio_max}, allowed: 0 for a tokenizer without `encoder_mask_token`."
-        )
-    if args.mask_ratio_max == 0 and model.config.encoder_mask_token:
-        model.encoder.positions.mask_token.requires_grad_(False)  # DDP waits for the gradient of what is not used
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    return model
-
-
-def load_perceptual_loss(args: SoftVQTrainingArguments) -> PerceptualLoss | None:
-    """LPIPS, or `None` with a warning where its weights cannot be had."""
-    if args.perceptual_weight == 0:
-        return None
+    if args.validation_steps == 0:
+        return train_dataset, None
     try:
-        return PerceptualLoss(args.perceptual_trunk, dropout=args.perceptual_dropout).train()
-    except PerceptualWeightsUnavailable as error:
-        logger.warning(f"Training goes on WITHOUT the perceptual loss. {error} (Here: `--perceptual_trunk`.)")
-        return None
+        validation_dataset = load_image_dataset(
+            args.data_source,
+            split=args.validation_split,
+            train=False,
+            max_samples=args.max_validation_samples,
+            **options,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"No validation images: {error} `--validation_split` names another split, `--validation_steps 0` trains"
+            " without."
+        ) from error
+    return train_dataset, validation_dataset
+
+
+def compute_discriminator_loss(
+    args: SoftVQTrainingArguments,
+    discriminator: torch.nn.Module,
+    lecam: LeCAMRegularizer | None,
+    weight: float,
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    generators: BatchGenerators,
+) -> dict[str, torch.Tensor]:
+    """
+    The loss of telling originals from reconstructions, and its parts by name. Both see weak augmentation, drawn for
+    each; under strong augmentation the logits shall stay the same.
+    """
+    sources = {"generator": generators.shared, "sample_generators": generators.samples}
+    weak_real, weak_fake = real, fake
+    if args.augment_discriminator:
+        weak_real = differentiable_augmentation(real, **WEAK_AUGMENTATION, **sources)
+        weak_fake = differentiable_augmentation(fake, **WEAK_AUGMENTATION, **sources)
+    real_logits = discriminator(weak_real, generators.shared)
+    fake_logits = discriminator(weak_fake, generators.shared)
+    losses = {"discriminator": ADVERSARIAL_LOSSES[args.adversarial_loss].discriminator(real_logits, fake_logits)}
+    loss = losses["discriminator"]
+    if lecam is not None:
+        losses["lecam"] = lecam(real_logits, fake_logits)
+        loss = loss + args.lecam_weight * losses["lecam"]
+    loss = weight * loss
+    if args.consistency_weight > 0:
+        strong_real = differentiable_augmentation(real, **STRONG_AUGMENTATION, **sources)
+        strong_fake = differentiable_augmentation(fake, **STRONG_AUGMENTATION, **sources)
+        losses["consistency"] = consistency_loss(
+            real_logits,
+            fake_logits,
+            discriminator(strong_real, generators.shared),
+            discriminator(strong_fake, generators.shared),
+        )
+        loss = loss + args.consistency_weight * losses["consistency"]
+    return {"discriminator_loss": loss, **losses}
+
+
+def save_result(
+    args: SoftVQTrainingArguments,
+    accelerator: Accelerator,
+    tokenizer: AutoencoderSoftVQ,
+    repo_id: str,
+    metrics: MetricsLogger,
+    validation_dataset: ImageDataset | StreamingImageDataset | None,
+) -> None:
+    """Write the tokenizer and its card to the output folder, adapters beside it, and upload them if asked for."""
+    if "lora" in (args.encoder_tuning, args.decoder_tuning):
+        tokenizer.save_lora_adapter(Path(args.output_dir, "lora"))
+        tokenizer = merged_tokenizer(tokenizer)
+    card = tokenizer_card(
+        tokenizer,
+        repo_id=repo_id,
+        dataset_name=args.data_source,
+        metrics={name: value for name, value in metrics.last_validation().items() if name == "psnr"},
+        evaluation_dataset=f"the {args.validation_split} split of {args.data_source}",
+        num_evaluation_images=None if args.streaming or validation_dataset is None else len(validation_dataset),
+        evaluation_protocol=f"PSNR in dB, the mean over images of {args.resolution} x {args.resolution} pixels of"
+        f" each one's own; pixels clamped to [0, 1], {'averaged' if args.use_ema else 'last'} weights, mixed"
+        f" precision: {accelerator.mixed_precision}.",
+        run_dir=args.output_dir,
+        base_model=args.pretrained_model_name_or_path or args.encoder_init,
+    )
+    export_model(tokenizer, args.output_dir, card)
+    if args.push_to_hub:
+        url = push_folder(repo_id, args.output_dir, token=args.hub_token)
+        logger.info(f"Uploaded to {url}")
 
 
 def main(args: SoftVQTrainingArguments) -> None:
     check_output_dir(args.output_dir)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     accelerator = build_accelerator(args)
     device = accelerator.device
+    if accelerator.is_main_process:
+        clean_up(args.output_dir)
+    accelerator.wait_for_everyone()
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_resumable(checkpoint, args, accelerator.num_processes)
     repo_id = args.repo_id
     if args.push_to_hub and accelerator.is_main_process:  # before the work: a token that cannot write is an error now
         repo_id = create_repo(repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id
 
-    # 1. Data. A tokenizer needs no labels.
-    options = {"label_column": None, **args.dataset_options()}
-    validation_dataset = None
+    # 1. Data
     with accelerator.main_process_first():
-        train_dataset = load_image_dataset(
-            args.data_source, split=args.train_split, train=True, max_samples=args.max_train_samples, **options
-        )
-        if args.validation_steps > 0:
-            try:
-                validation_dataset = load_image_dataset(
-                    args.data_source,
-                    split=args.validation_split,
-                    train=False,
-                    max_samples=args.max_validation_samples,
-                    **options,
-                )
-            except ValueError as error:
-                raise ValueError(
-                    f"No validation images: {error} `--validation_split` names another split, `--validation_steps 0`"
-                    " trains without."
-                ) from error
+        train_dataset, validation_dataset = load_datasets(args)
     check_dataset_size(train_dataset, args.train_batch_size, accelerator.num_processes)
-    loader_options = {
-        "batch_size": args.train_batch_size,
-        "collate_fn": collate_images,
-        "num_workers": args.dataloader_num_workers,
-    }
-    shuffle = not isinstance(train_dataset, IterableDataset)
-    train_dataloader = DataLoader(train_dataset, shuffle=shuffle, drop_last=True, **loader_options)
-    train_dataloader = prepare_dataloader(accelerator, train_dataloader)
+    loader_options = {"collate_fn": collate_images, "num_workers": args.dataloader_num_workers}
+    train_dataloader = build_dataloader(
+        accelerator, train_dataset, args.train_batch_size, train=True, **loader_options
+    )
     if validation_dataset is not None:
-        validation_dataloader = prepare_dataloader(accelerator, DataLoader(validation_dataset, **loader_options))
+        validation_dataloader = build_dataloader(
+            accelerator, validation_dataset, args.train_batch_size, train=False, **loader_options
+        )
+    accumulation_steps = accelerator.gradient_accumulation_steps
+    max_train_steps = resolve_max_train_steps(
+        train_dataloader, args.max_train_steps, args.num_train_epochs, accumulation_steps
+    )
+    args.check_length(max_train_steps)
 
     # 2. The tokenizer and what judges it: perceptual loss, discriminator, alignment to a teacher
-    teacher = alignment_loss = None
     with accelerator.local_main_process_first():  # one process of a machine downloads
-        tokenizer = build_tokenizer(args)
-        perceptual_loss = load_perceptual_loss(args)
-        if args.alignment_teacher is not None:
-            teacher = load_teacher(args.alignment_teacher, args.resolution, args.alignment_patch_size).to(device)
-    discriminator = None if args.discriminator == "none" else build_discriminator(args.discriminator)
-    lecam = LeCAMRegularizer().to(device) if discriminator is not None and args.lecam_weight > 0 else None
-    if teacher is not None:
-        alignment_loss = AlignmentLoss(
-            tokenizer.config.latent_channels, teacher.hidden_size, args.alignment_hidden_size, args.alignment_mode
-        )
+        plain_tokenizer = build_tokenizer(args)
+        teachers = load_teachers(args, plain_tokenizer)
+        perceptual_loss = discriminator = lecam = None
+        if args.perceptual_weight > 0:
+            perceptual_loss = PerceptualLoss(args.perceptual_trunk, dropout=args.perceptual_dropout).train()
+        if args.discriminator != "none":
+            backbone = {} if args.discriminator_backbone is None else {"backbone": args.discriminator_backbone}
+            discriminator = build_discriminator(args.discriminator, **backbone)
+    for frozen in (perceptual_loss, *teachers.values()):
+        if frozen is not None:
+            frozen.to(device)
+    if accelerator.num_processes > 1:
+        plain_tokenizer.enable_synchronized_entropy()
+    if discriminator is not None:
+        if accelerator.num_processes > 1 and device.type == "cuda":
+            discriminator = torch.nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        if args.lecam_weight > 0:
+            lecam = LeCAMRegularizer().to(device)
+    if args.channels_last:
+        for convolutional in (perceptual_loss, discriminator):
+            if convolutional is not None:
+                convolutional.to(memory_format=torch.channels_last)
 
-    # 3. Optimizers. Schedules are not prepared: they advance by hand, once per update.
-    max_train_steps = resolve_max_train_steps(
-        train_dataloader, args.max_train_steps, args.num_train_epochs, args.gradient_accumulation_steps
-    )
-    trained = torch.nn.ModuleList([tokenizer] if alignment_loss is None else [tokenizer, alignment_loss])
+    # 3. Optimizers, each with its module. Schedules are not prepared: they advance by hand, once per update.
+    model = TokenizerWithHeads(args, plain_tokenizer, teachers)
     learning_rate = scaled_learning_rate(args, args.learning_rate, accelerator.num_processes)
-    optimizer = build_optimizer(args, trained.parameters(), learning_rate)
+    optimizer = build_optimizer(args, model.parameters(), learning_rate)
     lr_schedulers = [build_lr_scheduler(args, optimizer, max_train_steps)]
-    tokenizer, optimizer = accelerator.prepare(tokenizer, optimizer)
-    accumulated = [tokenizer]
-    if alignment_loss is not None:
-        alignment_loss = accelerator.prepare(alignment_loss)
-        accumulated.append(alignment_loss)
+    model, optimizer = prepare_model(accelerator, model, optimizer)
+    models = [model]
     if discriminator is not None:
         discriminator_learning_rate = scaled_learning_rate(
             args, args.discr_learning_rate or args.learning_rate, accelerator.num_processes
         )
-        if accelerator.num_processes > 1 and device.type == "cuda":
-            discriminator = torch.nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         discriminator_optimizer = build_optimizer(args, discriminator.parameters(), discriminator_learning_rate)
         lr_schedulers.append(build_lr_scheduler(args, discriminator_optimizer, max_train_steps))
-        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
-        accumulated.append(discriminator)
-    plain_tokenizer = accelerator.unwrap_model(tokenizer)
-    if perceptual_loss is not None:
-        perceptual_loss.to(device)
+        discriminator, discriminator_optimizer = prepare_model(accelerator, discriminator, discriminator_optimizer)
+        models.append(discriminator)
+    plain_tokenizer = accelerator.unwrap_model(model).tokenizer
 
     # 4. Averaged weights, and everything as it was at the checkpoint
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(plain_tokenizer.parameters(), decay=args.ema_decay, min_decay=args.ema_decay, foreach=True)
-        ema.optimization_step = 1  # with min_decay: the constant decay from the first update on
+    ema = build_ema(args, plain_tokenizer)
     state = TrainerState()
     parts = {"ema": ema, "lr_schedulers": lr_schedulers, "buffers": {} if lecam is None else {"lecam": lecam}}
     if checkpoint is not None:
-        load_checkpoint(accelerator, checkpoint, state, **parts)
+        load_checkpoint(accelerator, checkpoint, args, state, **parts)
+    write_run_record(accelerator, args, state)
     metrics = MetricsLogger(accelerator, args, state)
-    if accelerator.is_main_process:
-        Path(args.output_dir, "args.yaml").write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
-
     logger.info(
-        f"Training {plain_tokenizer.num_parameters() / 1e6:.1f}M parameters from step {state.step} to"
-        f" {max_train_steps}, {args.train_batch_size} x {accelerator.num_processes} processes x"
-        f" {args.gradient_accumulation_steps} accumulated images per step"
+        f"Training {plain_tokenizer.num_parameters(only_trainable=True) / 1e6:.1f}M of"
+        f" {plain_tokenizer.num_parameters() / 1e6:.1f}M parameters from step {state.step} to {max_train_steps},"
+        f" {args.train_batch_size} x {accelerator.num_processes} processes x {accumulation_steps} accumulated images"
+        " per step"
     )
 
     # 5. Train
     progress = tqdm(
         total=max_train_steps, initial=state.step, desc="tokenizer", disable=not accelerator.is_local_main_process
     )
-    tokenizer.train()
-    values_of_step, step_started = [], time.perf_counter()
-    for batch in training_batches(accelerator, train_dataloader, train_dataset, state, max_train_steps):
-        generator = step_generator(args.seed, state.epoch, state.batch, accelerator.process_index)
-        step = state.step + 1
-        pixel_values = batch["pixel_values"]
-        adversarial = 0.0
-        if discriminator is not None:
-            adversarial = adversarial_weight(step, args.adversarial_weight, args.adversarial_start)
+    model.train()
+    values_of_step, update_is_finite, step_started = [], True, time.perf_counter()
+    with preemption_handler() as preempted:
+        for batch in training_batches(accelerator, train_dataloader, train_dataset, state, max_train_steps):
+            step = state.step + 1
+            pixel_values = batch["pixel_values"]
+            position = (state.batch - 1) * accelerator.num_processes + accelerator.process_index
+            generators = batch_generators(
+                args.seed, step, state.epoch, position * args.train_batch_size, len(pixel_values)
+            )
+            adversarial = 0.0
+            if discriminator is not None:
+                adversarial = adversarial_weight(
+                    step, args.adversarial_weight, args.adversarial_start, args.adversarial_warmup_steps
+                )
 
-        with accelerator.accumulate(*accumulated):
-            # Tokenizer: reconstruct, and add up what is wrong with it
-            mask = None
-            if args.mask_ratio_max > 0:
-                num_patches = (args.resolution // plain_tokenizer.config.encoder_patch_size) ** 2
-                ratios = (args.mask_ratio_min, args.mask_ratio_max)
-                mask = sample_patch_mask(len(pixel_values), num_patches, *ratios, generator).to(device)
-            output = tokenizer(pixel_values, sample_posterior=True, generator=generator, mask=mask)
-            losses = {}
-            distance = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
-            losses["reconstruction"] = distance(output.sample, pixel_values)
-            loss = args.reconstruction_weight * losses["reconstruction"]
-            if perceptual_loss is not None:
-                losses["perceptual"] = perceptual_loss(output.sample, pixel_values)
-                weight = warmup_weight(step, args.perceptual_weight, args.perceptual_warmup_steps)
-                loss = loss + weight * losses["perceptual"]
-            if adversarial > 0:
-                with frozen_discriminator(accelerator.unwrap_model(discriminator)) as judge:
-                    losses["generator"] = ADVERSARIAL_LOSSES[args.adversarial_loss].generator(judge(output.sample))
-                weight = adversarial
-                if args.adaptive_adversarial_weight:
-                    weight = weight * adaptive_weight(loss, losses["generator"], plain_tokenizer.decoder.last_layer)
-                loss = loss + weight * losses["generator"]
-            for name, weight in (
-                ("entropy", args.entropy_weight),
-                ("vq", args.vq_weight),
-                ("commit", args.commit_weight),
-                ("kl", args.kl_weight),
-            ):
-                if output.get(f"{name}_loss") is not None:
-                    losses[name] = output[f"{name}_loss"]
-                    loss = loss + weight * losses[name]
-            if alignment_loss is not None:
+            with accelerator.accumulate(*models):
+                # Tokenizer: reconstruct, and add up what is wrong with it
+                mask = None
+                if args.mask_ratio_max > 0:
+                    num_patches = (args.resolution // plain_tokenizer.config.encoder_patch_size) ** 2
+                    ratios = (args.mask_ratio_min, args.mask_ratio_max)
+                    mask = sample_patch_mask(
+                        len(pixel_values), num_patches, *ratios, generators.shared, generators.samples
+                    ).to(device)
                 with accelerator.autocast():
-                    teacher_tokens = teacher(pixel_values)
-                losses["alignment"] = alignment_loss(output.latent, teacher_tokens, generator)
-                loss = loss + args.alignment_weight * losses["alignment"]
-            values = reduce_losses(accelerator, {"loss": loss, **losses}, step)
+                    teacher_tokens = {name: teacher(pixel_values) for name, teacher in teachers.items()}
+                output, losses = model(pixel_values, generators, mask, teacher_tokens)
+                distance = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
+                losses["reconstruction"] = distance(output.sample, pixel_values)
+                loss = args.reconstruction_weight * losses["reconstruction"]
+                if perceptual_loss is not None:
+                    losses["perceptual"] = perceptual_loss(output.sample, pixel_values, generators.samples)
+                    weight = warmup_weight(step, args.perceptual_weight, args.perceptual_warmup_steps)
+                    loss = loss + weight * losses["perceptual"]
+                if adversarial > 0:
+                    sample = output.sample
+                    if args.augment_discriminator:
+                        sources = {"generator": generators.shared, "sample_generators": generators.samples}
+                        sample = differentiable_augmentation(sample, **WEAK_AUGMENTATION, **sources)
+                    with frozen_discriminator(accelerator.unwrap_model(discriminator)) as judge:
+                        logits = judge(sample, generators.shared)
+                    losses["generator"] = ADVERSARIAL_LOSSES[args.adversarial_loss].generator(logits)
+                    weight = adversarial
+                    if args.adaptive_adversarial_weight:
+                        adaptive = adaptive_weight(loss, losses["generator"], plain_tokenizer.decoder.last_layer)
+                        weight = weight * adaptive
+                        losses["adaptive_weight"] = adaptive
+                    loss = loss + weight * losses["generator"]
+                for name in ("entropy", "vq", "commit", "kl"):
+                    if output.get(f"{name}_loss") is not None:
+                        losses[name] = output[f"{name}_loss"]
+                        loss = loss + getattr(args, f"{name}_weight") * losses[name]
+                for name in ("alignment", "auxiliary_hog", "auxiliary_dinov2", "auxiliary_clip"):
+                    if name in losses:
+                        loss = loss + getattr(args, f"{name}_weight") * losses[name]
+                if output.get("max_probability") is not None:
+                    losses["max_probability"] = output.max_probability
+                values = reduce_losses(accelerator, {"loss": loss, **losses})
+                update_is_finite &= check_finite(accelerator, args, state, values, batch["image_id"])
 
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = clip_gradients(accelerator, optimizer, trained.parameters(), args.max_grad_norm)
-                values["grad_norm"] = norm.item()
-            optimizer.step()
-            optimizer.zero_grad()
+                if update_is_finite:
+                    backward(accelerator, model, loss)
+                    if accelerator.sync_gradients:
+                        norm = clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
+                        values["grad_norm"] = norm.item()
+                        if accelerator.scaler is None:  # the loss scale of fp16 leaves such updates out by itself
+                            norms = {"grad_norm": values["grad_norm"]}
+                            update_is_finite = check_finite(accelerator, args, state, norms, batch["image_id"])
+                if update_is_finite:
+                    optimizer.step()
+                optimizer.zero_grad()
 
-            # Discriminator: tell the same reconstructions, detached, from the originals
-            if adversarial > 0:
-                real_logits, fake_logits = discriminator(pixel_values), discriminator(output.sample.detach())
-                discriminator_loss = adversarial * ADVERSARIAL_LOSSES[args.adversarial_loss].discriminator(
-                    real_logits, fake_logits
-                )
-                if lecam is not None:
-                    penalty = lecam(real_logits, fake_logits)
-                    discriminator_loss = discriminator_loss + adversarial * args.lecam_weight * penalty
-                values |= reduce_losses(accelerator, {"discriminator_loss": discriminator_loss}, step)
-                accelerator.backward(discriminator_loss)
-                if accelerator.sync_gradients:
-                    norm = clip_gradients(
-                        accelerator, discriminator_optimizer, discriminator.parameters(), args.max_grad_norm
+                # Discriminator: tell the same reconstructions, detached, from the originals
+                if adversarial > 0 and update_is_finite:
+                    losses = compute_discriminator_loss(
+                        args, discriminator, lecam, adversarial, pixel_values, output.sample.detach(), generators
                     )
-                    values["discriminator_grad_norm"] = norm.item()
-                discriminator_optimizer.step()
-                discriminator_optimizer.zero_grad()
+                    discriminator_values = reduce_losses(accelerator, losses)
+                    values |= discriminator_values
+                    update_is_finite = check_finite(accelerator, args, state, discriminator_values, batch["image_id"])
+                    if update_is_finite:
+                        backward(accelerator, discriminator, losses["discriminator_loss"])
+                        if accelerator.sync_gradients:
+                            norm = clip_gradients(
+                                accelerator, discriminator, discriminator_optimizer, args.max_grad_norm
+                            )
+                            values["discriminator_grad_norm"] = norm.item()
+                            if accelerator.scaler is None:
+                                norms = {"discriminator_grad_norm": values["discriminator_grad_norm"]}
+                                update_is_finite = check_finite(accelerator, args, state, norms, batch["image_id"])
+                    if update_is_finite:
+                        discriminator_optimizer.step()
+                    discriminator_optimizer.zero_grad()
 
-        values_of_step.append(values)
-        if not accelerator.sync_gradients:
-            continue
+            values_of_step.append(values)
+            if not accelerator.sync_gradients:
+                continue
 
-        # An optimizer update is done
-        state.step = step
-        values = mean_over_batches(values_of_step)
-        values["learning_rate"] = optimizer.param_groups[0]["lr"]
-        for lr_scheduler in lr_schedulers:
-            lr_scheduler.step()
-        if ema is not None:
-            ema.step(plain_tokenizer.parameters())
+            # An optimizer update is done
+            state.step = step
+            values = mean_over_batches(values_of_step)
+            values["learning_rate"] = optimizer.param_groups[0]["lr"]
+            for lr_scheduler in lr_schedulers:
+                lr_scheduler.step()
+            if ema is not None:
+                ema.step(plain_tokenizer.parameters())
 
-        images = len(pixel_values) * accelerator.num_processes * len(values_of_step)
-        values["images_per_second"] = images / (time.perf_counter() - step_started)
-        progress.update()
-        progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
-        if step % args.logging_steps == 0:
-            metrics.log(values)
+            images = len(pixel_values) * accelerator.num_processes * len(values_of_step)
+            values |= step_statistics(accelerator, state, images, time.perf_counter() - step_started)
+            progress.update()
+            progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.1f}")
+            if step % args.logging_steps == 0:
+                metrics.log(values)
 
-        if args.validation_steps > 0 and (step % args.validation_steps == 0 or step == max_train_steps):
-            with averaged_weights(ema, plain_tokenizer):
-                quality, originals, reconstructions = evaluate_reconstruction(
-                    accelerator, plain_tokenizer, validation_dataloader, args.num_validation_images
-                )
-            metrics.log({f"validation/{name}": value for name, value in quality.items()})
-            metrics.log_image("validation", reconstruction_grid(originals, reconstructions))
-        if step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args.output_dir, state, args.checkpoints_total_limit, **parts)
-        values_of_step, step_started = [], time.perf_counter()
+            if args.validation_steps > 0 and (step % args.validation_steps == 0 or step == max_train_steps):
+                with averaged_model(accelerator, plain_tokenizer, ema) as averaged_tokenizer:
+                    quality, originals, reconstructions = evaluate_reconstruction(
+                        accelerator, averaged_tokenizer, validation_dataloader, args.num_validation_images
+                    )
+                metrics.log({f"validation/{name}": value for name, value in quality.items()})
+                metrics.log_image("validation", reconstruction_grid(originals, reconstructions))
+            is_preempted = preempted(accelerator)
+            if step % args.checkpointing_steps == 0 or is_preempted:
+                save_checkpoint(accelerator, args, state, **parts)
+            if is_preempted:
+                metrics.close()
+                sys.exit(PREEMPTED_EXIT_CODE)
+            values_of_step, update_is_finite, step_started = [], True, time.perf_counter()
     progress.close()
 
     # 6. The result: averaged weights, a model card, and both on the Hub
+    write_unreadable_report(accelerator, args.output_dir, state)
+    with averaged_model(accelerator, plain_tokenizer, ema) as averaged_tokenizer:
+        if accelerator.is_main_process:
+            save_result(args, accelerator, averaged_tokenizer, repo_id, metrics, validation_dataset)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        card = tokenizer_card(
-            plain_tokenizer,
-            repo_id=repo_id,
-            dataset_name=args.data_source,
-            metrics=metrics.last_validation(),
-            evaluation_dataset=f"the {args.validation_split} split of {args.data_source}",
-            num_evaluation_images=None if args.streaming or validation_dataset is None else len(validation_dataset),
-            evaluation_protocol=f"PSNR in dB, the mean over images of {args.resolution} x {args.resolution} pixels of"
-            f" each one's own; pixels clamped to [0, 1], {'averaged' if args.use_ema else 'last'} weights, mixed"
-            f" precision: {accelerator.mixed_precision}.",
-            training_command=training_command(accelerator.num_processes, accelerator.mixed_precision),
-            training_settings=args.to_dict(),
-            base_model=args.pretrained_model_name_or_path or args.encoder_init,
-        )
-        with averaged_weights(ema, plain_tokenizer):
-            export_model(plain_tokenizer, args.output_dir, card)
-        if args.push_to_hub:
-            url = push_folder(repo_id, args.output_dir, token=args.hub_token)
-            logger.info(f"Uploaded to {url}")
     metrics.close()
 
 

@@ -168,7 +168,8 @@ def read_metrics():
 
     def read(output_dir: Path) -> list[dict]:
         lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+        clock = ("time", "images_per_second", "data_wait_share", "memory_gib")
+        return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
     return read
 

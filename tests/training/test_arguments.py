@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 from softvq_hf.training.arguments import TrainingArguments, check_model_config, check_output_dir, parse_args
 
@@ -47,7 +45,7 @@ def test_command_line_wins_over_file_wins_over_default(config_file):
     args = parse_args(ModelArguments, ["--config", config, "--output_dir", "from-flag", "--train_batch_size=7"])
     assert (args.output_dir, args.max_train_steps, args.train_batch_size) == ("from-flag", 5, 7)
     assert args.learning_rate == 2e-4 and args.use_ema is False and args.streaming is True
-    assert args.gradient_accumulation_steps == 1 and args.model is None
+    assert args.gradient_accumulation_steps is None and args.model is None
 
 
 def test_yaml_values_are_converted_as_flags_are(tmp_path):
@@ -64,6 +62,46 @@ def test_model_mapping_is_merged(config_file):
     assert merged == {"tau": 0.2, "num_codebooks": 2, "latent_channels": 8}
     only_flag = parse_args(ModelArguments, ["--output_dir=x", "--max_train_steps=1", '--model={"tau": 1.0}'])
     assert only_flag.model == {"tau": 1.0}
+
+
+def test_a_file_is_based_on_another(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "recipe.yaml").write_text(
+        "output_dir: recipe\nmax_train_steps: 5\nlearning_rate: 2e-4\nmodel: {tau: 0.1, codebook_size: 16}\n"
+    )
+    (tmp_path / "middle.yaml").write_text("base: recipe.yaml\noutput_dir: middle\nmodel: {tau: 0.2}\n")
+    path = tmp_path / "sub/variant.yaml"
+    path.write_text("base: ../middle.yaml\nlearning_rate: 1e-4\nmodel: {num_codebooks: 2}\n")
+    args = parse_args(ModelArguments, ["--config", str(path), "--model", '{"num_codebooks": 4}'])
+    assert (args.output_dir, args.max_train_steps, args.learning_rate) == ("middle", 5, 1e-4)
+    assert args.model == {"tau": 0.2, "codebook_size": 16, "num_codebooks": 4}
+
+    # fine-tuning starts from weights: no new model
+    assert parse_args(ModelArguments, ["--config", str(path), "--model=null"]).model is None
+    path.write_text("base: ../middle.yaml\nmodel:\n")
+    assert parse_args(ModelArguments, ["--config", str(path)]).model is None
+
+    path.write_text("base: elsewhere.yaml\n")
+    with pytest.raises(ValueError, match="`base` of .*variant.yaml is .*elsewhere.yaml', allowed: a YAML file"):
+        parse_args(ModelArguments, ["--config", str(path)])
+    (tmp_path / "recipe.yaml").write_text("base: sub/variant.yaml\n")
+    path.write_text("base: ../recipe.yaml\n")
+    with pytest.raises(ValueError, match="which is based on .*recipe.yaml itself"):
+        parse_args(ModelArguments, ["--config", str(path)])
+
+
+def test_accumulation_follows_the_global_batch():
+    def accumulation(num_processes: int, **values) -> int:
+        args = ModelArguments(output_dir="x", max_train_steps=1, train_batch_size=32, **values)
+        return args.resolve_accumulation(num_processes)
+
+    assert accumulation(8) == 1 and accumulation(8, gradient_accumulation_steps=3) == 3
+    assert accumulation(8, global_batch_size=256) == 1 and accumulation(1, global_batch_size=256) == 8
+    assert accumulation(2, global_batch_size=256, gradient_accumulation_steps=4) == 4
+    with pytest.raises(ValueError, match="`--global_batch_size` is 256, allowed: multiples of 96"):
+        accumulation(3, global_batch_size=256)
+    with pytest.raises(ValueError, match="`--gradient_accumulation_steps` is 2, allowed with .*: 4, or leave it out"):
+        accumulation(2, global_batch_size=256, gradient_accumulation_steps=2)
 
 
 def test_written_arguments_are_read_again(config_file, tmp_path):
@@ -112,7 +150,7 @@ def test_files_that_are_no_configuration(tmp_path):
         (["--ema_decay=1"], "`--ema_decay` is 1"),
         (["--seed=-1"], "`--seed` is -1"),
         (["--max_grad_norm=-1"], "`--max_grad_norm` is -1"),
-        (["--lr_warmup_steps=11"], "`--lr_warmup_steps` is 11, allowed: up to `--max_train_steps` 10"),
+        (["--lr_warmup_steps=11"], "`--lr_warmup_steps` is 11, allowed: up to the number of updates, 10"),
         (["--min_lr=1e-6"], "`--min_lr` is 1e-06.*cosine_with_min_lr"),
         (["--lr_scheduler=cosine_with_min_lr", "--min_lr=1"], "`--min_lr` is 1.0, allowed: up to"),
         (["--train_data_dir=/nowhere"], "`--train_data_dir` is '/nowhere'"),
@@ -152,70 +190,6 @@ def test_model_config_names():
         ValueError, match="`model` has 'depth', 'width', allowed for DiTTransformer1DModel: num_tokens"
     ):
         check_model_config(DiTTransformer1DModel, {"width": 1, "depth": 2})
-
-
-# Sizes published for the released tokenizers (millions of parameters, with a patch embedding in the decoder that
-# nothing uses, and that is not built here).
-TOKENIZERS = {
-    "softvq_b_64": 173.56,
-    "softvq_bl_64": 391.33,
-    "softvq_l_64": 608.92,
-    "softvq_b_32": 174.59,
-    "softvq_bl_32": 392.36,
-    "softvq_l_32": 609.94,
-}
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("softvq_*.yaml")))
-def test_tokenizer_configs(name):
-    script = load_script("train_softvq")
-    args = parse_args(script.SoftVQTrainingArguments, ["--config", str(CONFIGS / f"{name}.yaml")])
-    assert args.resolution == 256 and args.output_dir == f"outputs/{name}"
-    check_model_config(AutoencoderSoftVQ, args.model)
-    with torch.device("meta"):
-        model = AutoencoderSoftVQ(**args.model)
-    tokens = int(name.split("_")[2])
-    assert (model.config.num_latent_tokens, model.config.latent_channels) == (tokens, 2048 // tokens)
-    if name in TOKENIZERS:
-        assert model.num_parameters() / 1e6 == pytest.approx(TOKENIZERS[name], abs=0.9)
-
-
-SITS = {"sit_b": 130_377_248, "sit_l": 457_922_592, "sit_xl": 674_926_880}
-
-
-def test_all_generators_have_a_config():
-    assert {path.stem for path in CONFIGS.glob("sit_*.yaml")} == set(SITS)
-    assert {path.stem for path in CONFIGS.glob("softvq_*.yaml")} == {
-        f"softvq_{size}_{tokens}" for size in ("s", "b", "bl", "l") for tokens in (32, 64)
-    }
-
-
-@pytest.mark.parametrize("name", SITS)
-def test_generator_configs(name):
-    script = load_script("train_sit")
-    args = parse_args(script.SiTTrainingArguments, ["--config", str(CONFIGS / f"{name}.yaml"), "--latents_dir=x"])
-    check_model_config(DiTTransformer1DModel, args.model)
-    with torch.device("meta"):
-        model = DiTTransformer1DModel(num_tokens=64, in_channels=32, num_classes=1000, **args.model)
-    assert model.num_parameters() == SITS[name]
-
-
-def test_quickstart_configs_fit_each_other():
-    softvq, sit = load_script("train_softvq"), load_script("train_sit")
-    tokenizer = parse_args(softvq.SoftVQTrainingArguments, ["--config", str(CONFIGS / "quickstart/softvq.yaml")])
-    generator = parse_args(sit.SiTTrainingArguments, ["--config", str(CONFIGS / "quickstart/sit.yaml")])
-    latents = yaml.safe_load((CONFIGS / "quickstart/cache_latents.yaml").read_text())
-    assert latents["pretrained_model_name_or_path"] == tokenizer.output_dir
-    assert latents["output_dir"] == generator.latents_dir
-    assert latents["dataset_name"] == tokenizer.dataset_name == "photographs"
-    # the last checkpoint is the end, so that running it again has nothing to do
-    for args in (tokenizer, generator):
-        assert args.max_train_steps % args.checkpointing_steps == 0 and args.resume_from_checkpoint == "latest"
-    with torch.device("meta"):
-        model = AutoencoderSoftVQ(**{"sample_size": tokenizer.resolution, **tokenizer.model})
-        DiTTransformer1DModel(
-            num_tokens=model.config.num_latent_tokens, in_channels=model.config.latent_channels, **generator.model
-        )
 
 
 @pytest.mark.parametrize("path", sorted((TRAINING / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

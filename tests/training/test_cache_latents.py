@@ -90,6 +90,7 @@ def test_latents_are_those_of_the_images(run_script, tokenizer):
     for index in (0, 7, 19):
         torch.testing.assert_close(dataset[index]["latents"], latent[index], rtol=0, atol=1e-6)
         assert dataset[index]["class_labels"] == index % 8
+        assert dataset[index]["image_id"] == images[index]["image_id"]
 
 
 def test_the_mirror_image_is_drawn_by_seed_epoch_and_index(run_script):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -250,10 +251,12 @@ def test_card_says_only_what_it_was_told(tiny_pipeline, kind, tmp_path, monkeypa
     # only what is on the Hub goes into the metadata
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "images").mkdir(parents=True)
-    for local in ("photographs", "data/images", str(tmp_path / "data"), "the photographs of user/name"):
+    names = {name: name for name in ("photographs", "data/images", "the photographs of user/name")}
+    names |= {str(tmp_path / "data"): "data", "~/my/data": "data", f"half of {tmp_path}/data": "half of data"}
+    for local, name in names.items():
         card = make_card(kind, pipeline, dataset_name=local, base_model=local)
         assert card.data.datasets is None and card.data.base_model is None
-        assert f"Trained on {local}." in card.text and f"Training started from {local}." in card.text
+        assert f"Trained on {name}." in card.text and f"Training started from {name}." in card.text
 
     with pytest.raises(ValueError, match="`evaluation_dataset` and `dataset_name` are None, allowed with `metrics`"):
         make_card(kind, pipeline, metrics={"psnr": 20.0}, evaluation_protocol="x")
@@ -296,12 +299,61 @@ def test_cards_tell_systems_apart(tiny_pipeline):
 
 
 def test_training_command():
-    argv = ["training/train.py", "--config", "a b.yaml", "--hub_token", "hf_1", "--push_to_hub", "--hub_token=hf_2"]
+    argv = ["training/train.py", "--config", "a b.yaml", "--hub_token", "hf_1", "--push_to_hub", "--hub-token", "hf_2"]
     assert training_command(8, "bf16", [*argv, '--model={"tau": 0.1}']) == (
         "accelerate launch --num_processes=8 --mixed_precision=bf16 \\\n"
         "    training/train.py \\\n    --config 'a b.yaml' \\\n    --push_to_hub \\\n    '--model={\"tau\": 0.1}'"
     )
     assert training_command(1, "no").endswith(sys.argv[-1]) or len(sys.argv) > 1
+
+
+@KINDS
+def test_card_is_filled_from_the_folder_of_a_run(tiny_pipeline, kind, tmp_path):
+    start = {
+        "started": "2026-01-01T00:00:00+00:00",
+        "step": 0,
+        "command": [
+            "/home/user/code/train.py",
+            "--train_data_dir=/home/user/images",
+            "--output_dir",
+            "/home/user/runs/1",
+            "--seed=1",
+        ],
+        "versions": {"softvq-hf": "0.0.7", "torch": "2.15.0", "python": "3.11.0", "cuda": None},
+        "git_revision": "abc123",
+        "git_dirty": False,
+        "num_processes": 4,
+        "distributed_type": "MULTI_GPU",
+        "mixed_precision": "bf16",
+        "devices": {"NVIDIA H200": 3, "NVIDIA A100": 1},
+    }
+    settings = {"output_dir": "/home/user/runs/1", "learning_rate": 1e-4, "max_train_samples": None}
+    with pytest.raises(ValueError, match="`run_dir` is .*, allowed: the folder of a training run, with run.json"):
+        make_card(kind, tiny_pipeline(), run_dir=tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps([start]))
+    with pytest.raises(ValueError, match="`run_dir` is .*, with args.yaml"):
+        make_card(kind, tiny_pipeline(), run_dir=tmp_path)
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    card = make_card(kind, tiny_pipeline(), run_dir=tmp_path, dataset_name="/home/user/images")
+    assert (
+        "accelerate launch --num_processes=4 --mixed_precision=bf16 \\\n    train.py \\\n"
+        "    --train_data_dir=images \\\n    --output_dir 1 \\\n    --seed=1\n"
+    ) in card.text
+    assert (
+        "It ran on 3 × NVIDIA H200, 1 × NVIDIA A100 (MULTI_GPU, mixed precision: bf16), git revision `abc123`.\n"
+    ) in card.text
+    assert "| output_dir | 1 |\n| learning_rate | 0.0001 |\n" in card.text
+    assert "- softvq-hf 0.0.7\n- torch 2.15.0\n- python 3.11.0\n\n" in card.text
+    for leftover in ("/home", "None", "{{", "{%", "cuda", str(tmp_path)):
+        assert leftover not in str(card)
+
+    last = {**start, "step": 50, "git_revision": "def456", "git_dirty": True, "devices": {"cpu": 1}}
+    (tmp_path / "run.json").write_text(json.dumps([start, start, last]))
+    card = make_card(kind, tiny_pipeline(), run_dir=tmp_path, training_command="make it")
+    assert "1 × cpu" in card.text and "```bash\nmake it\n```" in card.text
+    assert "git revision `def456` with local changes, interrupted and resumed 2 times.\n" in card.text
+    (tmp_path / "run.json").write_text(json.dumps([{**start, "git_revision": None, "distributed_type": "NO"}]))
+    assert "1 × NVIDIA A100 (mixed precision: bf16).\n" in make_card(kind, tiny_pipeline(), run_dir=tmp_path).text
 
 
 @pytest.fixture
@@ -529,7 +581,7 @@ def exported(tiny_pipeline, tmp_path):
 
 @pytest.mark.slow
 def test_push_and_load_from_the_hub(exported, hub, tmp_path):
-    for name in ("checkpoint-10/model.safetensors", "logs/events", ".cache/lock", "metrics.jsonl"):
+    for name in ("checkpoint-10/model.safetensors", "logs/events", ".cache/lock", "run.json", "metrics.jsonl"):
         (tmp_path / "exported" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "exported" / name).write_text("x")
     run_python(
@@ -541,7 +593,7 @@ def test_push_and_load_from_the_hub(exported, hub, tmp_path):
     )
     files = hub.repositories["user/model"]
     assert {"README.md", "metrics.jsonl", "pipeline_softvq.py", "vae/config.json"} <= files.keys()
-    assert not [name for name in files if name.startswith(("checkpoint-", "logs", "."))]
+    assert not [name for name in files if name.startswith(("checkpoint-", "logs", ".", "run.json"))]
     assert hub.commit_messages == ["Train SiT"]
     card = files["README.md"].decode()
     assert card.count("user/model") >= 3 and str(tmp_path) not in card  # it named the folder

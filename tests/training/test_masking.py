@@ -29,6 +29,26 @@ def test_fixed_share_is_rounded_up_and_follows_the_generator():
     assert sample_patch_mask(2, 10, 1.0, 1.0).all() and not sample_patch_mask(2, 10, 0.0, 0.0).any()
 
 
+def test_images_draw_from_their_own_generators():
+    """The share belongs to the batch, the places to the image: whatever batch it comes in."""
+
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def mask(shared, *samples):
+        return sample_patch_mask(len(samples), 40, 0.2, 0.9, *generators(shared), generators(*samples))
+
+    together = mask(0, 1, 2, 3)
+    assert torch.equal(together, torch.cat([mask(0, 1), mask(0, 2), mask(0, 3)]))
+    assert torch.equal(together[[2, 0]], mask(0, 3, 1)) and not torch.equal(together[0], together[1])
+    other_share = mask(5, 1)[0]
+    assert other_share.sum() != together[0].sum()
+    smaller, larger = sorted([other_share, together[0]], key=lambda one: one.sum().item())
+    assert (larger | ~smaller).all(), "the order in which patches are masked is the image's"
+    with pytest.raises(ValueError, match="`sample_generators` has 1 entries, allowed: 2, one for each image"):
+        sample_patch_mask(2, 4, 0.5, 0.5, None, generators(1))
+
+
 @pytest.mark.parametrize("ratios", [(-0.1, 0.5), (0.6, 0.4), (0.5, 1.1), (float("nan"), 0.5)])
 def test_bad_shares(ratios):
     with pytest.raises(ValueError, match="allowed: 0 <= min_ratio <= max_ratio <= 1"):

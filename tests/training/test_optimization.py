@@ -1,6 +1,7 @@
-"""Optimizers, schedules, clipping and the draws of a step."""
+"""Optimizers, schedules and clipping."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from softvq_hf.training.optimization import (
     build_optimizer,
     clip_gradients,
     scaled_learning_rate,
-    step_generator,
 )
 
 
@@ -51,13 +51,23 @@ def test_schedules_of_diffusers():
     assert rates[:3] == pytest.approx([0.0, 5e-5, 1e-4]) and rates[-1] < 1e-5
 
 
-def test_optimizers_by_name():
+def test_optimizers_by_name(monkeypatch):
     parameters = [torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1), requires_grad=False)]
-    adam = build_optimizer(arguments(optimizer="adam", adam_beta2=0.95, adam_weight_decay=0.1), parameters, 1e-3)
+    adam = build_optimizer(arguments(optimizer="adam", adam_beta2=0.95), parameters, 1e-3)
     adamw = build_optimizer(arguments(optimizer="adamw", adam_weight_decay=0.1), parameters, 1e-3)
     assert type(adam) is torch.optim.Adam and adam.defaults["betas"] == (0.9, 0.95)
     assert adam.defaults["weight_decay"] == 0 and adamw.defaults["weight_decay"] == 0.1
     assert type(adamw) is torch.optim.AdamW and len(adamw.param_groups[0]["params"]) == 1
+    fused = build_optimizer(arguments(optimizer="adamw_fused"), parameters, 1e-3)
+    assert type(fused) is torch.optim.AdamW and fused.defaults["fused"] and not adamw.defaults["fused"]
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    with pytest.raises(ValueError, match="`--optimizer` is 'adamw_8bit', which needs bitsandbytes"):
+        build_optimizer(arguments(optimizer="adamw_8bit"), parameters, 1e-3)
+    with pytest.raises(ValueError, match="all parameters are frozen"):
+        build_optimizer(arguments(), parameters[1:], 1e-3)
+    with pytest.raises(ValueError, match="`--adam_weight_decay` is 0.1, allowed with `--optimizer adam_fused`: 0"):
+        arguments(optimizer="adam_fused", adam_weight_decay=0.1)
 
 
 def test_learning_rate_follows_the_global_batch():
@@ -69,20 +79,9 @@ def test_learning_rate_follows_the_global_batch():
 def test_gradients_are_clipped_or_only_measured(accelerator_states):
     accelerator = Accelerator(cpu=True)
     parameter = torch.nn.Parameter(torch.zeros(2))
+    model = torch.nn.ParameterList([parameter])
     optimizer = accelerator.prepare(torch.optim.SGD([parameter], lr=1.0))
     for max_norm, expected in ((0.0, [3.0, 4.0]), (1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])):
         parameter.grad = torch.tensor([3.0, 4.0])
-        assert clip_gradients(accelerator, optimizer, [parameter], max_norm).item() == pytest.approx(5.0)
+        assert clip_gradients(accelerator, model, optimizer, max_norm).item() == pytest.approx(5.0)
         torch.testing.assert_close(parameter.grad, torch.tensor(expected), atol=1e-5, rtol=0)
-
-
-def test_draws_of_a_step_depend_on_its_place_alone():
-    def draws(*key: int) -> list[float]:
-        generator = step_generator(*key)
-        return [*torch.randn(2, generator=generator).tolist(), *torch.randn(2).tolist()]
-
-    first = draws(42, 1, 2, 0)
-    torch.randn(100)
-    assert draws(42, 1, 2, 0) == first
-    for other in ((43, 1, 2, 0), (42, 2, 1, 0), (42, 1, 3, 0), (42, 1, 2, 1)):
-        assert not set(draws(*other)) & set(first)

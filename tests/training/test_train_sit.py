@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from diffusers import (
     VQModel,
 )
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
 
+from softvq_hf.data.latents import LatentDataset
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
@@ -190,6 +194,57 @@ def test_live_latents_ddim_and_fixed_variance(
         assert line["loss"] == line["mse"] and "vb" not in line
 
 
+@pytest.mark.parametrize("objective", ["flow_matching", "ddpm"])
+def test_representation_alignment(
+    run_main, sit_args, tokenizer_dir, tmp_path, read_metrics, assert_same_state, objective
+):
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    flags = [*sit_args, "--dataset_name=photographs", f"--vae={tokenizer_dir}", "--resolution=32"]
+    flags += ["--max_train_samples=16", "--max_train_steps=4", "--validation_steps=0", f"--objective={objective}"]
+    repa = [f"--repa_teacher={tmp_path / 'dinov2'}", "--repa_layer=1", "--repa_patch_size=8", "--repa_hidden_size=8"]
+    full, resumed = tmp_path / "full", tmp_path / "resumed"
+    run_main("train_sit", *flags, *repa, "--repa_weight=0.25", f"--output_dir={full}")
+    run_main("train_sit", *flags, f"--output_dir={tmp_path / 'plain'}")
+    aligned, plain = read_metrics(full)[0], read_metrics(tmp_path / "plain")[0]
+    assert -1 <= aligned["alignment"] <= 1 and "alignment" not in plain
+    assert aligned["loss"] == pytest.approx(plain["loss"] + 0.25 * aligned["alignment"], rel=1e-5)
+    # neither teacher nor projection is part of the result
+    names = SoftVQPipeline.from_pretrained(full).transformer.state_dict().keys()
+    assert names == SoftVQPipeline.from_pretrained(tmp_path / "plain").transformer.state_dict().keys()
+
+    shutil.copytree(full, resumed)
+    shutil.rmtree(resumed / "checkpoint-4")
+    run_main(
+        "train_sit", *flags, *repa, "--repa_weight=0.25", f"--output_dir={resumed}", "--resume_from_checkpoint=latest"
+    )
+    assert_same_state(full, resumed)
+
+    with pytest.raises(ValueError, match="`--repa_layer` is 2, allowed: 1 to 1"):
+        run_main("train_sit", *flags, *repa[:1], "--repa_layer=2", f"--output_dir={tmp_path / 'bad'}")
+
+
+def test_updates_that_are_not_finite_are_left_out(
+    run_main, sit_args, latents_dir, tmp_path, read_metrics, monkeypatch
+):
+    """One sample of the cache is broken: its batch is named and left out, in both passes."""
+    original = LatentDataset.__getitem__
+
+    def broken(self, index):
+        item = original(self, index)
+        return {**item, "latents": item["latents"] * float("inf")} if index == 5 else item
+
+    monkeypatch.setattr(LatentDataset, "__getitem__", broken)
+    flags = [*sit_args, f"--latents_dir={latents_dir}", "--validation_steps=0", "--max_train_steps=8"]
+    run_main("train_sit", *flags, f"--output_dir={tmp_path / 'run'}")
+    lines = read_metrics(tmp_path / "run")
+    assert [line["loss"] is None for line in lines].count(True) == 2 and "grad_norm" in lines[-1]
+    state = json.loads((tmp_path / "run/checkpoint-8/trainer_state.json").read_text())
+    assert state["trainer"]["nonfinite_batches"] == 2
+    weights = load_file(tmp_path / "run/checkpoint-8/model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
 @pytest.mark.parametrize(("objective", "out_channels"), [("flow_matching", 4), ("ddpm", 8)])
 def test_2d_latents_of_an_autoencoder_kl(
     run_main, sit_args, autoencoder_kl_dir, tmp_path, read_metrics, assert_same_state, objective, out_channels
@@ -253,9 +308,9 @@ def test_learns_the_noise(run_main, sit_args, latents_dir, tmp_path, read_metric
     metrics = read_metrics(tmp_path / "run")
     # an untrained DiT predicts zero, whose error on unit noise is 1
     assert metrics[0]["mse"] == pytest.approx(1.0, abs=0.3)
-    for name in ("mse", "vb"):
+    for name in ("mse", "vb"):  # the bound at the first timesteps stands out, hence medians
         values = [line[name] for line in metrics]
-        assert sum(values[-20:]) < 0.9 * sum(values[:20]), name
+        assert statistics.median(values[-30:]) < 0.9 * statistics.median(values[:30]), name
 
 
 def test_tokenizer_without_statistics_is_warned_about(run_main, sit_args, tokenizer_config, tmp_path, caplog):
@@ -335,26 +390,6 @@ def test_transformer_of_the_other_objective(run_main, sit_args, transformer_conf
     model = json.dumps({**transformer_config, "timestep_scale": 1e-3})
     with pytest.raises(ValueError, match="`timestep_scale` is 0.001"):
         run_main("train_sit", *flags, "--objective=ddpm", f"--model={model}", f"--output_dir={tmp_path / 'other'}")
-
-
-# Published sizes, position table included. There is no DiT-B/1: SiT-B/1 with twice the output channels.
-DITS = {"dit_b": 130_377_248 + 32 * 769, "dit_l": 457_955_392, "dit_xl": 674_963_776}
-
-
-def test_all_dits_have_a_config():
-    assert {path.stem for path in CONFIGS.glob("dit_*.yaml")} == set(DITS)
-
-
-@pytest.mark.parametrize("name", DITS)
-def test_dit_configs(train_sit, name):
-    args = train_sit.parse_args(
-        train_sit.SiTTrainingArguments, ["--config", str(CONFIGS / f"{name}.yaml"), "--latents_dir=x"]
-    )
-    assert (args.objective, args.beta_schedule, args.sampler) == ("ddpm", "squaredcos_cap_v2", "ddpm")
-    assert args.max_grad_norm == 0 and args.output_dir == f"outputs/{name}"
-    with torch.device("meta"):
-        transformer = train_sit.build_transformer(args, (64, 32), num_classes=1000)
-    assert transformer.num_parameters() == DITS[name]
 
 
 @pytest.mark.parametrize(("name", "num_parameters"), [("sit_xl", 675_111_184), ("dit_xl", 675_129_632)])

@@ -7,8 +7,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import Dinov2Config, Dinov2Model
+from safetensors.torch import load_file
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
+from softvq_hf.losses import PerceptualWeightsUnavailable
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 
 
@@ -17,6 +26,8 @@ GAN = [
     "--adversarial_start=2",
     "--adaptive_adversarial_weight",
     "--lecam_weight=0.001",
+    "--consistency_weight=4.0",
+    "--augment_discriminator",
     "--gradient_accumulation_steps=3",
     "--lr_scheduler=cosine_with_min_lr",
     "--lr_warmup_steps=2",
@@ -160,33 +171,126 @@ def test_masked_patches_and_exact_resume(
     assert not torch.equal(*mask_tokens)
 
 
-def test_alignment_encoder_init_and_missing_perceptual_weights(
-    run_main, tokenizer_args, tmp_path, read_metrics, monkeypatch, caplog
-):
+@pytest.fixture
+def dinov2_dir(tmp_path):
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, layerscale_value=1e-5
     )
     Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
-    # no cached VGG16, and no network to fetch it from
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("offline")))
+    return tmp_path / "dinov2"
+
+
+def test_alignment_and_encoder_init(run_main, tokenizer_args, dinov2_dir, tmp_path, read_metrics):
     run_main(
         "train_softvq",
         *tokenizer_args,
         f"--output_dir={tmp_path / 'run'}",
         "--max_train_steps=2",
-        f"--alignment_teacher={tmp_path / 'dinov2'}",
+        f"--alignment_teacher={dinov2_dir}",
         "--alignment_patch_size=8",
         "--alignment_hidden_size=8",
-        f"--encoder_init={tmp_path / 'dinov2'}",
-        "--perceptual_weight=1.0",
+        f"--encoder_init={dinov2_dir}",
     )
-    assert "WITHOUT the perceptual loss" in caplog.text and "VGG16" in caplog.text
-    metrics = read_metrics(tmp_path / "run")
-    assert -1 <= metrics[0]["alignment"] <= 1 and "perceptual" not in metrics[0]
+    assert -1 <= read_metrics(tmp_path / "run")[0]["alignment"] <= 1
     # neither teacher nor projection is part of the result
     names = AutoencoderSoftVQ.from_pretrained(tmp_path / "run").state_dict().keys()
     assert not any("teacher" in name or "projection" in name for name in names)
+
+
+def test_missing_perceptual_weights_stop_before_training(run_main, tokenizer_args, tmp_path, monkeypatch):
+    # no cached VGG16, and no network to fetch it from
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(PerceptualWeightsUnavailable, match="VGG16"):
+        run_main("train_softvq", *tokenizer_args, f"--output_dir={tmp_path / 'run'}", "--perceptual_weight=1.0")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_auxiliary_decoders(run_main, tokenizer_args, tokenizer_config, dinov2_dir, tmp_path, read_metrics):
+    siglip = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7
+    )
+    SiglipVisionModel(siglip).save_pretrained(tmp_path / "siglip")
+    run_main(
+        "train_softvq",
+        *tokenizer_args,
+        f"--output_dir={tmp_path / 'run'}",
+        "--model",
+        json.dumps(tokenizer_config | MAETOK),
+        "--max_train_steps=2",
+        "--mask_ratio_min=0.4",
+        "--mask_ratio_max=0.6",
+        "--auxiliary_hog_weight=1",
+        "--auxiliary_dinov2_weight=1",
+        f"--auxiliary_dinov2_teacher={dinov2_dir}",
+        "--auxiliary_clip_weight=1",
+        f"--auxiliary_clip_teacher={tmp_path / 'siglip'}",
+        "--auxiliary_hidden_size=64",
+        "--auxiliary_num_layers=1",
+        "--auxiliary_masked_only",
+    )
+    line = read_metrics(tmp_path / "run")[0]
+    assert line["auxiliary_hog"] > 0
+    assert -1 <= line["auxiliary_dinov2"] <= 1 and -1 <= line["auxiliary_clip"] <= 1
+    total = sum(line[name] for name in ("reconstruction", "auxiliary_hog", "auxiliary_dinov2", "auxiliary_clip"))
+    assert line["loss"] == pytest.approx(total, rel=1e-5)
+    names = AutoencoderSoftVQ.from_pretrained(tmp_path / "run").state_dict().keys()
+    assert not any("auxiliary" in name for name in names)
+
+
+def test_dino_discriminator_resumes_exactly(run_main, tokenizer_args, tmp_path, read_metrics, assert_same_state):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=12, num_attention_heads=2, intermediate_size=8)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    flags = [*tokenizer_args, "--discriminator=dino", f"--discriminator_backbone={tmp_path / 'vit'}", *GAN[1:6]]
+    flags += ["--validation_steps=0", "--adversarial_warmup_steps=2", "--max_train_steps=4"]
+    full, resumed = tmp_path / "full", tmp_path / "resumed"
+    run_main("train_softvq", *flags, f"--output_dir={full}")
+    assert {"lecam", "consistency", "discriminator", "adaptive_weight"} <= read_metrics(full)[1].keys()
+    interrupt(full, resumed, last_step=2)
+    run_main("train_softvq", *flags, f"--output_dir={resumed}", "--resume_from_checkpoint=latest")
+    assert_same_state(full, resumed)
+    assert read_metrics(resumed) == read_metrics(full)
+
+
+def fine_tuning_args(tokenizer_args, tokenizer_dir, tmp_path) -> list[str]:
+    flags = [flag for flag in tokenizer_args if not flag.startswith("--model")]
+    flags += [f"--pretrained_model_name_or_path={tokenizer_dir}", f"--output_dir={tmp_path / 'run'}"]
+    return [*flags, "--max_train_steps=2", "--learning_rate=1e-2", "--ema_decay=0"]
+
+
+def test_decoder_alone(run_main, tokenizer_args, tokenizer_dir, tmp_path):
+    flags = fine_tuning_args(tokenizer_args, tokenizer_dir, tmp_path)
+    run_main("train_softvq", *flags, "--encoder_tuning=frozen", "--compile", "--gradient_checkpointing")
+    before, after = (
+        AutoencoderSoftVQ.from_pretrained(tokenizer_dir),
+        AutoencoderSoftVQ.from_pretrained(tmp_path / "run"),
+    )
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(before.eval().encode(images).latent, after.eval().encode(images).latent)
+    assert not torch.equal(before(images).sample, after(images).sample)
+
+
+def test_adapters(run_main, tokenizer_args, tokenizer_dir, tmp_path, assert_same_state):
+    flags = fine_tuning_args(tokenizer_args, tokenizer_dir, tmp_path)
+    tuning = ["--encoder_tuning=frozen", "--decoder_tuning=lora", "--lora_rank=2", "--optimizer=adamw_fused"]
+    run_main("train_softvq", *flags, *tuning)
+    before, after = (
+        AutoencoderSoftVQ.from_pretrained(tokenizer_dir),
+        AutoencoderSoftVQ.from_pretrained(tmp_path / "run"),
+    )
+    assert before.state_dict().keys() == after.state_dict().keys()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert not torch.equal(before.eval()(images).sample, after.eval()(images).sample)
+    before.load_lora_adapter(tmp_path / "run/lora", prefix=None, use_safetensors=True)
+    torch.testing.assert_close(before(images).sample, after(images).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_larger_images(run_main, tokenizer_args, tokenizer_dir, tmp_path):
+    flags = fine_tuning_args(tokenizer_args, tokenizer_dir, tmp_path)
+    run_main("train_softvq", *flags, "--resolution=64")
+    resized = AutoencoderSoftVQ.from_pretrained(tmp_path / "run")
+    assert resized.config.sample_size == 64 and resized.encoder.positions.position_embedding.shape[1] == 1 + 8 * 8
+    assert resized(torch.zeros(1, 3, 64, 64)).sample.shape == (1, 3, 64, 64)
 
 
 def test_learns_from_pretrained(run_main, tokenizer_args, tokenizer_dir, tmp_path, read_metrics):
@@ -214,10 +318,21 @@ def test_learns_from_pretrained(run_main, tokenizer_args, tokenizer_dir, tmp_pat
     )
 
 
-def test_loss_that_is_not_finite_stops_training(run_main, tokenizer_args, tmp_path, read_metrics):
-    with pytest.raises(FloatingPointError, match="loss = inf at step 1"):
-        run_main("train_softvq", *tokenizer_args, f"--output_dir={tmp_path}", "--reconstruction_weight=1e39")
-    assert read_metrics(tmp_path) == []
+def test_updates_that_are_not_finite_are_left_out(run_main, tokenizer_args, tmp_path, read_metrics):
+    flags = [*tokenizer_args, "--discriminator=maskbit", "--reconstruction_weight=1e39", "--validation_steps=0"]
+    run_main("train_softvq", *flags, f"--output_dir={tmp_path / 'run'}", "--max_nonfinite_batches=6")
+    lines = read_metrics(tmp_path / "run")
+    assert [line["loss"] for line in lines] == [None] * 6 and "grad_norm" not in lines[0]
+    assert (
+        json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())["trainer"]["nonfinite_batches"] == 6
+    )
+    # nothing has moved
+    first, last = (load_file(tmp_path / f"run/checkpoint-{step}/model.safetensors") for step in (2, 6))
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+    with pytest.raises(FloatingPointError, match=r"loss = inf at step 3, on the images .*: number 3 of its kind"):
+        run_main("train_softvq", *flags, f"--output_dir={tmp_path / 'stopped'}", "--max_nonfinite_batches=2")
+    assert [line["step"] for line in read_metrics(tmp_path / "stopped")] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +349,16 @@ def test_loss_that_is_not_finite_stops_training(run_main, tokenizer_args, tmp_pa
         (["--mask_ratio_min=0.5"], "`--mask_ratio_min` is 0.5 and `--mask_ratio_max` is 0.0"),
         (["--train_batch_size=17"], "`--train_batch_size` is 17"),
         (["--pretrained_model_name_or_path=somewhere"], "exactly one of them"),
-        (["--discriminator=resnet"], "`--discriminator` is 'resnet'"),
-        (["--discriminator=patchgan", "--adversarial_start=6"], "`--adversarial_start` is 6"),
+        (["--discriminator=patchgan", "--adversarial_start=7"], "`--adversarial_start` is 7"),
+        (["--alignment_weight=0.1"], "`--alignment_teacher` is not given"),
+        (["--alignment_patch_size=16"], "`--alignment_teacher` is not given"),
+        (["--discriminator_backbone=vit"], "`--discriminator_backbone` is 'vit', which only `--discriminator dino`"),
+        (["--global_batch_size=10"], "`--global_batch_size` is 10, allowed: multiples of 4"),
+        (["--global_batch_size=8", "--gradient_accumulation_steps=3"], "`--gradient_accumulation_steps` is 3"),
+        (["--decoder_tuning=lora"], "`--encoder_tuning` is full and `--decoder_tuning` is lora"),
+        (["--encoder_tuning=frozen", "--decoder_tuning=frozen"], "nothing is left to train"),
+        (["--auxiliary_masked_only"], "`--auxiliary_masked_only` needs masked patches"),
+        (["--auxiliary_hidden_size=100"], "`--auxiliary_hidden_size` is 100"),
         (["--perceptual_weight=-1"], "`--perceptual_weight` is -1"),
         (["--train_data_dir=/nowhere"], "`--dataset_name` is 'photographs' and `--train_data_dir`"),
         (["--report_to=paper"], "`--report_to` is 'paper'"),

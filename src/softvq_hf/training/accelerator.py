@@ -1,16 +1,26 @@
 """The `Accelerator` of a training run."""
 
 import logging
+import os
 
 import datasets
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from huggingface_hub import create_repo
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+    set_seed,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from softvq_hf.training.arguments import TrainingArguments
 
@@ -19,23 +29,31 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
     """
     An `Accelerator` whose data order can be resumed and which repeats no sample, with logging and seeds set up.
 
-    The repository on the Hub is made here, so that a missing token or right shows before training, not after it.
+    How the processes share the work is said by `accelerate launch`, through the environment: alone, data parallel,
+    FSDP2 or DeepSpeed ZeRO-2; see `training/accelerate`. FSDP2 runs on processors, too.
 
     Raises:
-        ValueError: If the tracker in `args.report_to` is unknown or not installed.
+        ValueError: If the tracker in `args.report_to` is unknown or not installed, or the kind of sharding is not one
+            of the above.
     """
     available = [str(name) for name in get_available_trackers()]
-    if args.report_to not in ("none", "all", *available):
+    trackers = [] if args.report_to == "none" else args.report_to.split(",")
+    if set(trackers) - {"all", *available}:
         raise ValueError(
-            f"`--report_to` is {args.report_to!r}, allowed: none, all, or a tracker that is installed"
-            f" ({', '.join(available) or 'no one is'})."
+            f"`--report_to` is {args.report_to!r}, allowed: none, all, or trackers that are installed"
+            f" ({', '.join(available) or 'no one is'}), separated by commas."
         )
+    fsdp_plugin = build_fsdp_plugin() if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+    deepspeed_plugin = build_deepspeed_plugin(args) if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
     accelerator = Accelerator(
         # without this accelerate takes each of several CPU processes for the only one
         cpu=not torch.accelerator.is_available(),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        # every update has the same number of batches, also across the end of a pass over the data
+        gradient_accumulation_plugin=GradientAccumulationPlugin(sync_with_dataloader=False),
+        mixed_precision=args.mixed_precision if deepspeed_plugin is None else "no",  # the plugin says it
+        fsdp_plugin=fsdp_plugin,
+        deepspeed_plugin=deepspeed_plugin,
+        log_with=trackers or None,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=f"{args.output_dir}/{args.logging_dir}"
         ),
@@ -44,6 +62,11 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
         # forward would find them changed under the first one's graph.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if fsdp_plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # torch shards on processors as well, accelerate leaves them out
+        accelerator.state.fsdp_plugin = fsdp_plugin
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.gradient_accumulation_steps = args.resolve_accumulation(accelerator.num_processes)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     get_logger(__name__).info(accelerator.state, main_process_only=False)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
@@ -56,6 +79,37 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     set_seed(args.seed)
-    if args.push_to_hub and accelerator.is_main_process:
-        create_repo(args.repo_id, token=args.hub_token, private=args.hub_private, exist_ok=True)
     return accelerator
+
+
+def build_fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    """
+    FSDP2 by the settings of `accelerate launch`. Weights, their gradients and the sums over processes stay in float32:
+    mixed precision is autocast's, as without sharding, for FSDP2's own would round the inputs (time steps) as well.
+
+    Raises:
+        ValueError: If the settings are those of FSDP1.
+    """
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(f"`fsdp_version` of accelerate's configuration is {version}, allowed: 2.")
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def build_deepspeed_plugin(args: TrainingArguments) -> DeepSpeedPlugin:
+    """
+    DeepSpeed ZeRO-1 or ZeRO-2 by the settings of `accelerate launch`, for every model of the run. Weights stay in
+    float32 for the averages' sake, bf16 is torch's autocast inside of the engine, and the engine clips the gradients.
+
+    Raises:
+        ValueError: If the settings are those of ZeRO-3, or the precision is fp16.
+    """
+    plugin = DeepSpeedPlugin(gradient_accumulation_steps="auto", gradient_clipping=args.max_grad_norm)
+    if plugin.zero_stage not in (1, 2):
+        raise ValueError(f"`zero_stage` of accelerate's configuration is {plugin.zero_stage}, allowed: 1 and 2.")
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"`--mixed_precision` is {mixed_precision!r}, allowed with DeepSpeed: no, bf16.")
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    plugin.deepspeed_config["torch_autocast"] = {"enabled": mixed_precision == "bf16", "dtype": "bfloat16"}
+    return plugin

@@ -1,8 +1,9 @@
 """Arguments of the training scripts: dataclasses filled from `--config file.yaml` and the command line.
 
-A YAML file holds the arguments of one run under the names of the flags; flags given on the command line win. The
-`model` argument, the configuration of the model to train, is a mapping in YAML and a JSON object on the command line,
-which is merged over the mapping.
+A YAML file holds the arguments of one run under the names of the flags; flags given on the command line win. Its key
+`base` names another YAML file, relative to it, whose arguments are the defaults of this one. The `model` argument, the
+configuration of the model to train, is a mapping in YAML and a JSON object on the command line; it is merged over the
+mapping it replaces, key by key.
 """
 
 import argparse
@@ -89,9 +90,22 @@ class TrainingArguments(DataArguments):
     num_train_epochs: int | None = field(
         default=None, metadata={"help": "Passes over the data; --max_train_steps wins where both are given."}
     )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer update."})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Batches per optimizer update; 1 unless --global_batch_size says otherwise."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Images per update over all processes, which decides --gradient_accumulation_steps."},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for activation memory."})
-    optimizer: str = field(default="adamw", metadata={"help": "Optimizer by name.", "choices": ["adam", "adamw"]})
+    compile: bool = field(default=False, metadata={"help": "torch.compile of the repeated transformer blocks."})
+    optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": "Optimizer by name: torch's, its fused kernels, or 8-bit states (package bitsandbytes).",
+            "choices": ["adam", "adamw", "adam_fused", "adamw_fused", "adam_8bit", "adamw_8bit"],
+        },
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     lr_base_batch_size: int | None = field(
         default=None,
@@ -123,6 +137,10 @@ class TrainingArguments(DataArguments):
     max_grad_norm: float = field(default=1.0, metadata={"help": "Global norm gradients are clipped to; 0 = off."})
     use_ema: bool = field(default=True, metadata={"help": "Average the weights; the average is what is saved."})
     ema_decay: float = field(default=0.9999, metadata={"help": "Constant decay of the average per update."})
+    max_nonfinite_batches: int = field(
+        default=10,
+        metadata={"help": "Batches with a loss or gradient that is not finite are left out, up to so many."},
+    )
 
     # machine
     seed: int = field(default=42, metadata={"help": "Seed of initial weights, data order and all random draws."})
@@ -134,6 +152,9 @@ class TrainingArguments(DataArguments):
         },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "TF32 matrix products on Ampere GPUs and newer."})
+    channels_last: bool = field(
+        default=False, metadata={"help": "Channels-last memory in convolutional networks: faster on GPUs."}
+    )
 
     # checkpoints, logs, pictures
     checkpointing_steps: int = field(default=500, metadata={"help": "Updates between checkpoints."})
@@ -143,7 +164,9 @@ class TrainingArguments(DataArguments):
     )
     logging_steps: int = field(default=1, metadata={"help": "Updates between lines of metrics.jsonl."})
     logging_dir: str = field(default="logs", metadata={"help": "Tracker files, relative to --output_dir."})
-    report_to: str = field(default="tensorboard", metadata={"help": "Tracker of accelerate, or 'none'."})
+    report_to: str = field(
+        default="tensorboard", metadata={"help": "Trackers of accelerate, separated by commas, 'all' or 'none'."}
+    )
     tracker_project_name: str | None = field(default=None, metadata={"help": "Project name in the tracker."})
     validation_steps: int = field(default=500, metadata={"help": "Updates between validations; 0 = never."})
 
@@ -158,11 +181,12 @@ class TrainingArguments(DataArguments):
         for name in (
             *("resolution", "train_batch_size", "max_train_steps", "num_train_epochs", "gradient_accumulation_steps"),
             *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "lr_base_batch_size"),
+            "global_batch_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`--{name}` is {value}, allowed: integers from 1 on.")
-        for name in ("lr_warmup_steps", "validation_steps", "seed"):
+        for name in ("lr_warmup_steps", "validation_steps", "seed", "max_nonfinite_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 0 on.")
         for name in ("lr_warmup_start", "min_lr", "adam_weight_decay", "max_grad_norm"):
@@ -176,13 +200,15 @@ class TrainingArguments(DataArguments):
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: [0, 1).")
         if self.max_train_steps is None and self.num_train_epochs is None:
             raise ValueError("Neither `--max_train_steps` nor `--num_train_epochs` is given, one of them is needed.")
+        if not self.optimizer.startswith("adamw") and self.adam_weight_decay > 0:
+            raise ValueError(
+                f"`--adam_weight_decay` is {self.adam_weight_decay}, allowed with `--optimizer {self.optimizer}`: 0."
+                " Decoupled decay is what the optimizers named adamw have."
+            )
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`--streaming` needs `--max_train_steps`: the length of a stream is not known.")
-        if self.max_train_steps is not None and self.lr_warmup_steps > self.max_train_steps:
-            raise ValueError(
-                f"`--lr_warmup_steps` is {self.lr_warmup_steps}, allowed: up to `--max_train_steps`"
-                f" {self.max_train_steps}."
-            )
+        if self.max_train_steps is not None:
+            self.check_length(self.max_train_steps)
         if self.lr_scheduler != "cosine_with_min_lr" and (self.min_lr or self.lr_warmup_start):
             raise ValueError(
                 f"`--min_lr` is {self.min_lr} and `--lr_warmup_start` is {self.lr_warmup_start}, which only"
@@ -193,11 +219,49 @@ class TrainingArguments(DataArguments):
                 raise ValueError(
                     f"`--{name}` is {getattr(self, name)}, allowed: up to `--learning_rate` {self.learning_rate}."
                 )
-        if self.report_to == "wandb" and self.hub_token is not None:
+        if self.hub_token is not None and set(self.report_to.split(",")) - {"none", "tensorboard"}:
             raise ValueError(
-                "`--hub_token` together with `--report_to wandb` would show the token in the tracked configuration:"
-                " log in with `hf auth login` instead."
+                f"`--hub_token` together with `--report_to {self.report_to}` would show the token in the tracker,"
+                " which records the command line: log in with `hf auth login` instead."
             )
+
+    def check_length(self, max_train_steps: int) -> None:
+        """
+        Check the arguments that count updates against the length of the run, which may follow from the data.
+
+        Raises:
+            ValueError: If something would begin or last beyond the last update.
+        """
+        if self.lr_warmup_steps > max_train_steps:
+            raise ValueError(
+                f"`--lr_warmup_steps` is {self.lr_warmup_steps}, allowed: up to the number of updates,"
+                f" {max_train_steps}."
+            )
+
+    def resolve_accumulation(self, num_processes: int) -> int:
+        """
+        Batches per update, from `global_batch_size` where that is given.
+
+        Raises:
+            ValueError: If `global_batch_size` cannot be made of whole batches, or contradicts
+                `gradient_accumulation_steps`.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps or 1
+        batch_size = self.train_batch_size * num_processes
+        if self.global_batch_size % batch_size != 0:
+            raise ValueError(
+                f"`--global_batch_size` is {self.global_batch_size}, allowed: multiples of {batch_size}, which are"
+                f" `--train_batch_size` {self.train_batch_size} on {num_processes} process(es)."
+            )
+        steps = self.global_batch_size // batch_size
+        if self.gradient_accumulation_steps not in (None, steps):
+            raise ValueError(
+                f"`--gradient_accumulation_steps` is {self.gradient_accumulation_steps}, allowed with"
+                f" `--global_batch_size` {self.global_batch_size}, `--train_batch_size` {self.train_batch_size} and"
+                f" {num_processes} process(es): {steps}, or leave it out."
+            )
+        return steps
 
     @property
     def repo_id(self) -> str:
@@ -283,16 +347,28 @@ def parse_args(dataclass_type: type[T], argv: list[str] | None = None) -> T:
     return dataclass_type(**values)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a file, over that of its `base`; `derived` are the files that name this one as theirs."""
     if not Path(path).is_file():
-        raise ValueError(f"`--config` is {path!r}, allowed: a YAML file that exists.")
+        named_by = f"`base` of {derived[-1]}" if derived else "`--config`"
+        raise ValueError(f"{named_by} is {str(path)!r}, allowed: a YAML file that exists.")
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"`--config` {path} is no valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"`--config` {path} holds {type(config).__name__}, allowed: a mapping of arguments.")
-    return config
+    if "base" not in config:
+        return config
+
+    base_path = Path(path).parent / str(config.pop("base"))
+    derived = (*derived, Path(path).resolve())
+    if base_path.resolve() in derived:
+        raise ValueError(f"`base` of {path} is {base_path}, which is based on {path} itself.")
+    base = _read_yaml(base_path, derived)
+    if isinstance(base.get("model"), dict) and isinstance(config.get("model"), dict):
+        config["model"] = {**base["model"], **config["model"]}
+    return {**base, **config}
 
 
 def _merge_model(from_file: Any, from_command_line: str | None) -> dict[str, Any] | None:
@@ -305,8 +381,10 @@ def _merge_model(from_file: Any, from_command_line: str | None) -> dict[str, Any
         overrides = json.loads(from_command_line)
     except json.JSONDecodeError as error:
         raise ValueError(f"`--model` is {from_command_line!r}, allowed: a JSON object. {error}") from error
+    if overrides is None:
+        return None
     if not isinstance(overrides, dict):
-        raise ValueError(f"`--model` is {from_command_line!r}, allowed: a JSON object.")
+        raise ValueError(f"`--model` is {from_command_line!r}, allowed: a JSON object, or null for none.")
     return {**(from_file or {}), **overrides}
 
 

@@ -85,7 +85,9 @@ def _downsampling_factor(vae: AutoencoderKL) -> int:
 
 
 def encode_latents(
-    vae: AutoencoderSoftVQ | AutoencoderKL, pixel_values: torch.Tensor, generator: torch.Generator | None = None
+    vae: AutoencoderSoftVQ | AutoencoderKL,
+    pixel_values: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
     Normalised latents, as generators are trained on.
@@ -93,7 +95,7 @@ def encode_latents(
     Args:
         vae ([`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]): The tokenizer.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
-        generator (`torch.Generator`, *optional*):
+        generator (`torch.Generator` or a list of one per image, *optional*):
             Source of a draw from the posterior of an `AutoencoderKL`; without one its mode is taken.
 
     Returns:

@@ -5,7 +5,6 @@ beside the weights of each component, and the pipeline file at the top; for a mo
 which names it. [`export_pipeline`] and [`export_model`] write such folders, [`push_to_hub`] uploads them.
 """
 
-import importlib.metadata
 import inspect
 import json
 import re
@@ -17,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import yaml
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists, upload_folder
 
 from softvq_hf.training.generator import get_image_size
+from softvq_hf.training.logging import ARGUMENTS_FILE, RUN_FILE, library_versions, without_hub_token
 
 
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -156,8 +157,9 @@ def push_folder(
 ) -> str:
     """
     Upload a folder to a model repository on the Hub, which is made if needed. Training checkpoints (`checkpoint-*`),
-    tracker files (`logs`) and hidden files stay behind. A card that was written for a folder, with its path in the
-    title and in the code, is changed to name the repository.
+    tracker files (`logs`), the record of the run (`run.json`, which names folders of this machine) and hidden files
+    stay behind. A card that was written for a folder, with its path in the title and in the code, is changed to name
+    the repository.
 
     Args:
         repo_id (`str`): The repository, `"user/name"`; without a user, one's own.
@@ -187,7 +189,7 @@ def push_folder(
         token=token,
         commit_message=commit_message,
         create_pr=create_pr,
-        ignore_patterns=["checkpoint-*/**", "logs/**", ".*", "**/.*"],
+        ignore_patterns=["checkpoint-*/**", "logs/**", RUN_FILE, ".*", "**/.*"],
     )
     return commit.pr_url or str(repo)
 
@@ -210,7 +212,8 @@ def _name_repository(card_file: Path, repo_id: str) -> None:
 
 class CardFacts(TypedDict, total=False):
     """
-    What a model card tells beyond the model itself. All are optional; nothing is claimed that is not given.
+    What a model card tells beyond the model itself. All are optional; nothing is claimed that is not given. Of an
+    absolute path the card has the last part only.
 
     Args:
         dataset_name (`str`):
@@ -225,8 +228,13 @@ class CardFacts(TypedDict, total=False):
         evaluation_protocol (`str`):
             How they were measured, in words: crop and size of the images, range of the pixels, mean over what,
             features and reference set of an FID, steps and guidance of the samples.
-        training_command (`str`): The command that trained the model, see [`training_command`].
-        training_settings (`Mapping`): Settings of the run by name. `None` values and `hub_token` are left out.
+        run_dir (`str` or `Path`):
+            The folder of the training run. Its `run.json` tells command, versions, git revision and hardware, its
+            `args.yaml` the settings (see [`~softvq_hf.training.logging.write_run_record`]).
+        training_command (`str`):
+            The command that trained the model, by default that of `run_dir`; see [`training_command`].
+        training_settings (`Mapping`):
+            Settings of the run by name, by default those of `run_dir`. `None` values and `hub_token` are left out.
         base_model (`str`):
             What training started from: a Hub repository, which goes into the metadata, or a folder, which is named.
         license (`str`): Licence of the weights by its id on the Hub, by default "apache-2.0"; `None` states none.
@@ -237,6 +245,7 @@ class CardFacts(TypedDict, total=False):
     evaluation_dataset: str | None
     num_evaluation_images: int | None
     evaluation_protocol: str | None
+    run_dir: str | Path | None
     training_command: str | None
     training_settings: Mapping[str, Any] | None
     base_model: str | None
@@ -256,7 +265,7 @@ def tokenizer_card(tokenizer: ModelMixin, *, repo_id: str, **facts: Unpack[CardF
         `ModelCard`: with metadata (`metrics` as model-index).
 
     Raises:
-        ValueError: If `metrics` come without a data set or without `evaluation_protocol`.
+        ValueError: If `metrics` come without a data set or without `evaluation_protocol`, or `run_dir` has no record.
     """
     config = tokenizer.config
     height, width = get_image_size(tokenizer)
@@ -306,7 +315,7 @@ def generator_card(
         `ModelCard`: with metadata (`metrics` as model-index).
 
     Raises:
-        ValueError: If `metrics` come without a data set or without `evaluation_protocol`.
+        ValueError: If `metrics` come without a data set or without `evaluation_protocol`, or `run_dir` has no record.
     """
     config = transformer.config
     latent_shape = _latent_shape(transformer)
@@ -353,7 +362,7 @@ def pipeline_card(pipeline: DiffusionPipeline, *, repo_id: str, **facts: Unpack[
         `ModelCard`: with metadata (`metrics` as model-index).
 
     Raises:
-        ValueError: If `metrics` come without a data set or without `evaluation_protocol`.
+        ValueError: If `metrics` come without a data set or without `evaluation_protocol`, or `run_dir` has no record.
     """
     transformer, vae = pipeline.transformer, pipeline.vae
     height, width = get_image_size(vae, transformer)
@@ -393,11 +402,8 @@ def training_command(num_processes: int, mixed_precision: str, argv: Sequence[st
     """
     words = ["accelerate launch", f"--num_processes={num_processes}", f"--mixed_precision={mixed_precision}"]
     lines = [" ".join(words)]
-    is_token = False
-    for word in sys.argv if argv is None else argv:
-        if is_token or word.startswith("--hub_token"):
-            is_token = word == "--hub_token"
-        elif word.startswith("--") or len(lines) == 1:
+    for word in without_hub_token(sys.argv if argv is None else argv):
+        if word.startswith("--") or len(lines) == 1:
             lines.append(shlex.quote(word))
         else:
             lines[-1] += f" {shlex.quote(word)}"
@@ -418,6 +424,20 @@ def _model_card(
     unknown = sorted(set(facts) - set(CardFacts.__annotations__))
     if unknown:
         raise TypeError(f"Unknown arguments {', '.join(unknown)}, allowed: {', '.join(CardFacts.__annotations__)}.")
+    run = None
+    if facts.get("run_dir") is not None:
+        run_dir = Path(facts["run_dir"])
+        for name in (RUN_FILE, ARGUMENTS_FILE):
+            if not (run_dir / name).is_file():
+                raise ValueError(f"`run_dir` is {str(run_dir)!r}, allowed: the folder of a training run, with {name}.")
+        starts = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+        run = {**starts[-1], "num_resumes": len(starts) - 1}
+        facts = {
+            "training_command": training_command(run["num_processes"], run["mixed_precision"], run["command"]),
+            "training_settings": yaml.safe_load((run_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")),
+            **facts,
+        }
+    facts = {name: _without_folders(value) if isinstance(value, str) else value for name, value in facts.items()}
     dataset_name, base_model = facts.get("dataset_name"), facts.get("base_model")
     evaluation_dataset = facts.get("evaluation_dataset") or dataset_name
     metrics = facts.get("metrics") or {}
@@ -460,11 +480,10 @@ def _model_card(
         ]
 
     settings = {
-        name: str(value).replace("|", r"\|")
+        name: _without_folders(str(value)).replace("|", r"\|")
         for name, value in (facts.get("training_settings") or {}).items()
         if value is not None and name != "hub_token"
     }
-    libraries = ("softvq-hf", "diffusers", "torch", "accelerate", "datasets", "transformers")
     return ModelCard.from_template(
         card_data,
         template_path=str(CARD_TEMPLATE),
@@ -477,11 +496,12 @@ def _model_card(
         evaluation_protocol=facts.get("evaluation_protocol"),
         training_command=facts.get("training_command"),
         training_settings=settings,
+        run=run,
         base_model=base_model,
         base_model_is_on_hub=_is_hub_id(base_model),
         metrics={name: f"{value:.4g}" for name, value in metrics.items()},
         model_config=json.dumps(model_config, indent=2),
-        versions={library: importlib.metadata.version(library) for library in libraries},
+        versions=library_versions() if run is None else run["versions"],
         **template_values,
     )
 
@@ -502,6 +522,11 @@ def _is_of_diffusers(part: Any) -> bool:
 def _is_hub_id(name: str | None) -> bool:
     """Whether it has the form of a repository with its owner, and is not the path of something on this machine."""
     return name is not None and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
+
+
+def _without_folders(text: str) -> str:
+    """Text in which absolute paths, which say how somebody's machine is laid out, have their last part only."""
+    return re.sub(r"""(?<![\w:/.~-])~?/(?:[^/\s"']+/)*([^/\s"']+)/?""", r"\1", text)
 
 
 def _is_ddpm(scheduler: SchedulerMixin) -> bool:

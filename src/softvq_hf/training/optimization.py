@@ -4,26 +4,48 @@ import math
 import warnings
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from softvq_hf.training.arguments import TrainingArguments
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+BITSANDBYTES_OPTIMIZERS = {"adam": "Adam8bit", "adamw": "AdamW8bit"}
 
 
 def build_optimizer(
     args: TrainingArguments, parameters: Iterable[torch.nn.Parameter], learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The optimizer named `args.optimizer`. Weight decay reaches "adamw" only: Adam's would be another algorithm."""
+    """
+    The optimizer named `args.optimizer`: "adam" or "adamw", alone, with "_fused" (torch's fused kernels) or "_8bit"
+    (states of eight bits, of bitsandbytes). Frozen parameters are left out. Weight decay reaches "adamw" only: Adam's
+    would be another algorithm.
+
+    Raises:
+        ValueError: If every parameter is frozen, or bitsandbytes is needed and not installed.
+    """
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("Nothing is left to train: all parameters are frozen.")
+    algorithm, _, variant = args.optimizer.partition("_")
     settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "adamw":
+    if algorithm == "adamw":
         settings["weight_decay"] = args.adam_weight_decay
-    return OPTIMIZERS[args.optimizer]([p for p in parameters if p.requires_grad], **settings)
+    if variant != "8bit":
+        return OPTIMIZERS[algorithm](parameters, fused=variant == "fused" or None, **settings)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            f"`--optimizer` is {args.optimizer!r}, which needs bitsandbytes: `pip install bitsandbytes`. ({error})"
+        ) from error
+    return getattr(bitsandbytes.optim, BITSANDBYTES_OPTIMIZERS[algorithm])(parameters, **settings)
 
 
 def build_lr_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer, max_train_steps: int) -> LambdaLR:
@@ -58,46 +80,46 @@ def build_lr_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer
     return LambdaLR(optimizer, factor)
 
 
+def build_ema(args: TrainingArguments, model: torch.nn.Module) -> EMAModel | None:
+    """The average of a model's parameters with the constant decay `args.ema_decay`; `None` where it is off."""
+    if not args.use_ema:
+        return None
+    parameters = list(model.parameters())
+    # torch has no `_foreach_copy_` for sharded tensors, which frozen ones are averaged by
+    foreach = not any(isinstance(parameter, DTensor) for parameter in parameters)
+    ema = EMAModel(parameters, decay=args.ema_decay, min_decay=args.ema_decay, foreach=foreach)
+    ema.optimization_step = 1  # with min_decay: the constant decay from the first update on
+    return ema
+
+
 def scaled_learning_rate(args: TrainingArguments, learning_rate: float, num_processes: int) -> float:
     """`learning_rate` times the global batch size over `args.lr_base_batch_size`, where that is given."""
     if args.lr_base_batch_size is None:
         return learning_rate
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    global_batch_size = args.train_batch_size * num_processes * args.resolve_accumulation(num_processes)
     return learning_rate * global_batch_size / args.lr_base_batch_size
 
 
 def clip_gradients(
-    accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer,
-    parameters: Iterable[torch.nn.Parameter],
-    max_grad_norm: float,
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> torch.Tensor:
     """
-    Clip the global gradient norm of one optimizer's parameters; `max_grad_norm=0` only measures it.
+    Clip the global gradient norm of one of several models; `max_grad_norm=0` only measures it. Collective.
 
     `Accelerator.clip_grad_norm_` would undo the fp16 loss scale of every optimizer at once, and so twice for the
-    second of a GAN's two.
-
-    Returns:
-        `torch.Tensor`: The norm before clipping, a scalar.
-    """
-    accelerator.unscale_gradients(optimizer)
-    return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
-
-
-def step_generator(seed: int, epoch: int, batch_index: int, rank: int) -> torch.Generator:
-    """
-    The source of all random draws for one batch: a function of its arguments, so that a resumed run draws the same.
-
-    It draws on the CPU, so that the draws do not depend on the device either. The global generators, which dropout
-    inside of library modules uses, are seeded along with it.
+    second of a GAN's two. DeepSpeed has clipped by then, when the last batch of the update ran backward.
 
     Args:
-        seed (`int`): Seed of the run.
-        epoch (`int`): Pass over the data.
-        batch_index (`int`): Position of the batch in the pass.
-        rank (`int`): Index of the process.
+        accelerator (`Accelerator`): The accelerator.
+        model (`torch.nn.Module`): The model as prepared.
+        optimizer (`torch.optim.Optimizer`): Its optimizer as prepared.
+        max_grad_norm (`float`): Norm to clip to. With DeepSpeed it was given to the engine before.
+
+    Returns:
+        `torch.Tensor`: The norm before clipping, a scalar, the same on all processes.
     """
-    key = int(np.random.SeedSequence([seed, epoch, batch_index, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    torch.manual_seed(key)
-    return torch.Generator().manual_seed(key)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return torch.as_tensor(model.get_global_grad_norm())
+    accelerator.unscale_gradients(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,32 +1,12 @@
-"""Looking at a model during training: reconstructions beside originals, samples by class, PSNR."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Looking at a model in training: reconstructions beside originals, samples by class, PSNR, use of the codebook."""
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision.utils import make_grid
-
-
-@contextmanager
-def averaged_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model` (unwrapped) has the averaged weights and is in eval mode; afterwards all is as before."""
-    training = model.training
-    model.eval()
-    if ema is not None:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        if ema is not None:
-            ema.restore(model.parameters())
-        model.train(training)
 
 
 @torch.no_grad()
@@ -34,36 +14,70 @@ def evaluate_reconstruction(
     accelerator: Accelerator, model: torch.nn.Module, dataloader: DataLoader, num_images: int
 ) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
     """
-    Reconstruct a whole validation set.
+    Reconstruct a whole validation set. Collective at the end only: processes may have different numbers of batches.
 
     Args:
-        accelerator (`Accelerator`): Gathers the figures of all processes.
-        model (`torch.nn.Module`): Unwrapped tokenizer in eval mode; returns `sample`.
+        accelerator (`Accelerator`): Adds up the figures of all processes.
+        model (`torch.nn.Module`): Tokenizer in eval mode, not wrapped; returns `sample`.
         dataloader (`DataLoader`): Prepared loader; batches hold `pixel_values` `(B, 3, H, W)` in [-1, 1].
         num_images (`int`): Images to return for a picture.
 
     Returns:
-        `tuple`: `{"psnr": decibels}` (mean over images of the PSNR of each, pixels in [0, 1], clamped), and the first
-        originals and reconstructions as `(num_images or fewer, 3, H, W)` float32 tensors on the CPU in [-1, 1].
+        `tuple`: figures by name, and the first originals and reconstructions of this process as
+        `(num_images or fewer, 3, H, W)` float32 tensors on the CPU in [-1, 1]. The figures are
+
+        - `psnr`: decibels, the mean over images of the PSNR of each, pixels in [0, 1], clamped.
+        - `codebook_usage` ("softvq" and "vq"): share of the codewords, in [0, 1], that are the most probable or the
+          nearest one of at least one token. Few images cannot use many codewords.
+        - `codebook_perplexity` ("softvq" and "vq"): exponential of the entropy of those choices, from 1 (always the
+          same codeword) to the size of the codebook (all equally often); the mean over codebooks.
+        - `max_probability` ("softvq"): mean over tokens of the probability of the most probable codeword; 1 would be
+          hard assignment.
+
+    Raises:
+        ValueError: If there is no image at all.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # of decibels, of images
+    config = getattr(model, "config", {})
+    quantizer = config.get("quantizer")
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # images, decibels, probabilities
+    if quantizer in ("softvq", "vq"):
+        num_codebooks = config.num_codebooks if quantizer == "softvq" else 1
+        counts = torch.zeros(num_codebooks, config.codebook_size, dtype=torch.int64, device=accelerator.device)
     originals, reconstructions = [], []
     for batch in dataloader:
         pixel_values = batch["pixel_values"]
         if len(pixel_values) == 0:  # no image of the batch could be read
             continue
         with accelerator.autocast():
-            sample = model(pixel_values).sample
-        sample = sample.float().clamp(-1, 1)
+            output = model(pixel_values)
+        sample = output.sample.float().clamp(-1, 1)
         batch_psnr = peak_signal_noise_ratio(
             sample * 0.5 + 0.5, pixel_values * 0.5 + 0.5, data_range=1.0, dim=(1, 2, 3), reduction="none"
         )
-        total += torch.stack([batch_psnr.sum(), torch.tensor(len(batch_psnr), device=total.device)])
+        totals[0] += len(pixel_values)
+        totals[1] += batch_psnr.sum()
+        if quantizer == "softvq":
+            totals[2] += output.max_probability * len(pixel_values)
+        if quantizer in ("softvq", "vq"):
+            for codebook_counts, indices in zip(counts, output.indices.unbind(1), strict=True):
+                codebook_counts += indices.flatten().bincount(minlength=config.codebook_size)
         if sum(map(len, originals)) < num_images:
             originals.append(pixel_values.cpu())
             reconstructions.append(sample.cpu())
-    decibels, images = accelerator.reduce(total, "sum").tolist()
+
+    images, decibels, probabilities = accelerator.reduce(totals, "sum").tolist()
+    if images == 0:
+        raise ValueError("No validation image could be read.")
     metrics = {"psnr": decibels / images}
+    if quantizer in ("softvq", "vq"):
+        counts = accelerator.reduce(counts, "sum").double()
+        metrics["codebook_usage"] = (counts > 0).double().mean().item()
+        entropy = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
+        metrics["codebook_perplexity"] = entropy.exp().mean().item()
+    if quantizer == "softvq":
+        metrics["max_probability"] = probabilities / images
+    if not originals:  # all images lie with the other processes
+        return metrics, torch.empty(0), torch.empty(0)
     return metrics, torch.cat(originals)[:num_images], torch.cat(reconstructions)[:num_images]
 
 
