@@ -118,6 +118,9 @@ def test_shown_commands_are_understood(command, after_quickstart, monkeypatch):
 
 def test_flags_in_text_exist():
     known = {"config", "help", "config_file", "num_processes", "logdir"}  # of the parser, accelerate and TensorBoard
+    known |= {"nproc_per_node", "signals"}  # of torchrun
+    known |= {"gpus", "open", "requeue", "signal", "time"}  # of sbatch
+    known |= {"kills"}  # of benchmarks/crash_test.py
     for name in ("train_softvq", "cache_latents", "train_sit"):
         known |= {field.name for field in dataclasses.fields(arguments_of(load_script(name)))}
     known |= set(vars(build_parser().parse_args(["convert", "source", "--output_dir", "folder"])))
