@@ -28,11 +28,11 @@ def evaluate_reconstruction(
 
         - `psnr`: decibels, the mean over images of the PSNR of each, pixels in [0, 1], clamped.
         - `codebook_usage` ("softvq" and "vq"): share of the codewords, in [0, 1], that are the most probable or the
-          nearest one of at least one token. Few images cannot use many codewords.
+            nearest one of at least one token. Few images cannot use many codewords.
         - `codebook_perplexity` ("softvq" and "vq"): exponential of the entropy of those choices, from 1 (always the
-          same codeword) to the size of the codebook (all equally often); the mean over codebooks.
+            same codeword) to the size of the codebook (all equally often); the mean over codebooks.
         - `max_probability` ("softvq"): mean over tokens of the probability of the most probable codeword; 1 would be
-          hard assignment.
+            hard assignment.
 
     Raises:
         ValueError: If there is no image at all.
