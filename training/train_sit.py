@@ -44,7 +44,7 @@ from softvq_hf.training.dataloader import (
     training_batches,
     write_unreadable_report,
 )
-from softvq_hf.training.distributed import averaged_model, backward, prepare_model
+from softvq_hf.training.distributed import averaged_model, prepare_model
 from softvq_hf.training.generator import build_ddpm_scheduler, encode_latents, get_latent_shape, load_tokenizer
 from softvq_hf.training.generator_arguments import SiTTrainingArguments
 from softvq_hf.training.hub import export_pipeline, pipeline_card, push_folder
@@ -57,10 +57,10 @@ from softvq_hf.training.logging import (
 )
 from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.optimization import (
+    backward_and_step,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
-    clip_gradients,
     scaled_learning_rate,
 )
 from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
@@ -336,15 +336,10 @@ def main(args: SiTTrainingArguments) -> None:
                 update_is_finite &= check_finite(accelerator, args, state, values, batch["image_id"])
 
                 if update_is_finite:
-                    backward(accelerator, model, losses["loss"])
-                    if accelerator.sync_gradients:
-                        norm = clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
-                        values["grad_norm"] = norm.item()
-                        if accelerator.scaler is None:  # the loss scale of fp16 leaves such updates out by itself
-                            norms = {"grad_norm": values["grad_norm"]}
-                            update_is_finite = check_finite(accelerator, args, state, norms, batch["image_id"])
-                if update_is_finite:
-                    optimizer.step()
+                    update_is_finite, norm = backward_and_step(
+                        accelerator, args, state, model, optimizer, losses["loss"], batch["image_id"]
+                    )
+                    values |= norm
                 optimizer.zero_grad()
 
             values_of_step.append(values)

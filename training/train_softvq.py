@@ -50,7 +50,7 @@ from softvq_hf.training.dataloader import (
     training_batches,
     write_unreadable_report,
 )
-from softvq_hf.training.distributed import averaged_model, backward, prepare_model
+from softvq_hf.training.distributed import averaged_model, prepare_model
 from softvq_hf.training.fine_tuning import merged_tokenizer
 from softvq_hf.training.hub import export_model, push_folder, tokenizer_card
 from softvq_hf.training.logging import (
@@ -63,10 +63,10 @@ from softvq_hf.training.logging import (
 from softvq_hf.training.masking import sample_patch_mask
 from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.optimization import (
+    backward_and_step,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
-    clip_gradients,
     scaled_learning_rate,
 )
 from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
@@ -331,15 +331,10 @@ def main(args: SoftVQTrainingArguments) -> None:
                 update_is_finite &= check_finite(accelerator, args, state, values, batch["image_id"])
 
                 if update_is_finite:
-                    backward(accelerator, model, loss)
-                    if accelerator.sync_gradients:
-                        norm = clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
-                        values["grad_norm"] = norm.item()
-                        if accelerator.scaler is None:  # the loss scale of fp16 leaves such updates out by itself
-                            norms = {"grad_norm": values["grad_norm"]}
-                            update_is_finite = check_finite(accelerator, args, state, norms, batch["image_id"])
-                if update_is_finite:
-                    optimizer.step()
+                    update_is_finite, norm = backward_and_step(
+                        accelerator, args, state, model, optimizer, loss, batch["image_id"]
+                    )
+                    values |= norm
                 optimizer.zero_grad()
 
                 # Discriminator: tell the same reconstructions, detached, from the originals
@@ -350,18 +345,19 @@ def main(args: SoftVQTrainingArguments) -> None:
                     discriminator_values = reduce_losses(accelerator, losses)
                     values |= discriminator_values
                     update_is_finite = check_finite(accelerator, args, state, discriminator_values, batch["image_id"])
+                if adversarial > 0:
                     if update_is_finite:
-                        backward(accelerator, discriminator, losses["discriminator_loss"])
-                        if accelerator.sync_gradients:
-                            norm = clip_gradients(
-                                accelerator, discriminator, discriminator_optimizer, args.max_grad_norm
-                            )
-                            values["discriminator_grad_norm"] = norm.item()
-                            if accelerator.scaler is None:
-                                norms = {"discriminator_grad_norm": values["discriminator_grad_norm"]}
-                                update_is_finite = check_finite(accelerator, args, state, norms, batch["image_id"])
-                    if update_is_finite:
-                        discriminator_optimizer.step()
+                        update_is_finite, norm = backward_and_step(
+                            accelerator,
+                            args,
+                            state,
+                            discriminator,
+                            discriminator_optimizer,
+                            losses["discriminator_loss"],
+                            batch["image_id"],
+                            norm_name="discriminator_grad_norm",
+                        )
+                        values |= norm
                     discriminator_optimizer.zero_grad()
 
             values_of_step.append(values)

@@ -1,5 +1,6 @@
 """Adversarial losses: the official numbers of every part and of whole generator and discriminator losses."""
 
+import math
 from datetime import timedelta
 
 import pytest
@@ -82,6 +83,9 @@ def test_lecam_averages_are_saved_and_take_no_gradient(tensors):
     resumed.load_state_dict(lecam.state_dict())
     assert torch.equal(resumed(real[3], fake[3]), lecam(real[3], fake[3]))
     assert not torch.equal(LeCAMRegularizer()(real[3], fake[3]), lecam(real[3], fake[3]))
+    averages = resumed.state_dict()["ema_real"].clone(), resumed.state_dict()["ema_fake"].clone()
+    assert not resumed(real[3] * math.inf, fake[3] * math.nan).isfinite()
+    assert torch.equal(torch.stack(averages), torch.stack([resumed.ema_real, resumed.ema_fake]))
     with pytest.raises(ValueError, match="`decay` is 1.0"):
         LeCAMRegularizer(decay=1.0)
 

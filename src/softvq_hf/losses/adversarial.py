@@ -137,7 +137,8 @@ class LeCAMRegularizer(nn.Module):
         self.register_buffer("ema_fake", torch.zeros(()))
 
     def forward(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-        """Updates the averages with these logits, then returns the unweighted penalty.
+        """Updates the averages with these logits, then returns the unweighted penalty. A mean that is not finite
+        leaves its average alone.
 
         The official code updates from the first step of training on, also before the adversarial losses start.
 
@@ -150,6 +151,7 @@ class LeCAMRegularizer(nn.Module):
         """
         means = torch.stack([real_logits.detach().float().mean(), fake_logits.detach().float().mean()])
         means = _mean_over_processes(means)
+        means = torch.where(means.isfinite(), means, torch.stack([self.ema_real, self.ema_fake]))
         self.ema_real.lerp_(means[0], 1 - self.decay)
         self.ema_fake.lerp_(means[1], 1 - self.decay)
         real_excess = F.relu(real_logits - self.ema_fake)

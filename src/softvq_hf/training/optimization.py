@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from softvq_hf.training.arguments import TrainingArguments
+from softvq_hf.training.distributed import backward
+from softvq_hf.training.nonfinite import check_finite
+from softvq_hf.training.state import TrainerState
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -98,6 +101,48 @@ def scaled_learning_rate(args: TrainingArguments, learning_rate: float, num_proc
         return learning_rate
     global_batch_size = args.train_batch_size * num_processes * args.resolve_accumulation(num_processes)
     return learning_rate * global_batch_size / args.lr_base_batch_size
+
+
+def backward_and_step(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    state: TrainerState,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    image_ids: list[str | int],
+    norm_name: str = "grad_norm",
+) -> tuple[bool, dict[str, float]]:
+    """
+    The gradients of one batch and, at the last batch of an update, clipping and the step of the optimizer. Collective,
+    inside of `accelerator.accumulate`. The gradients are the caller's to clear.
+
+    A step with gradients that are not finite is left out, and the batch counted and named
+    ([`~softvq_hf.training.nonfinite.check_finite`]). Under fp16 it is an everyday matter, which the loss scale settles.
+
+    Args:
+        accelerator (`Accelerator`): The accelerator.
+        args (`TrainingArguments`): `max_grad_norm`, and what `check_finite` needs.
+        state (`TrainerState`): Counts the steps left out.
+        model (`torch.nn.Module`), optimizer (`torch.optim.Optimizer`): As prepared together.
+        loss (`torch.Tensor`): Scalar, finite on all processes.
+        image_ids (`list`): Images of this process's batch.
+        norm_name (`str`, *optional*, defaults to `"grad_norm"`): Name of the norm.
+
+    Returns:
+        `tuple`: whether all was finite, and the norm before clipping by its name, if this was the last batch.
+
+    Raises:
+        FloatingPointError: As `check_finite`.
+    """
+    backward(accelerator, model, loss)
+    if not accelerator.sync_gradients:
+        return True, {}
+    norm = {norm_name: clip_gradients(accelerator, model, optimizer, args.max_grad_norm).item()}
+    if accelerator.scaler is None and not check_finite(accelerator, args, state, norm, image_ids):
+        return False, norm
+    optimizer.step()
+    return True, norm
 
 
 def clip_gradients(
