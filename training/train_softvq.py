@@ -218,6 +218,11 @@ def main(args: SoftVQTrainingArguments) -> None:
         if args.discriminator != "none":
             backbone = {} if args.discriminator_backbone is None else {"backbone": args.discriminator_backbone}
             discriminator = build_discriminator(args.discriminator, **backbone)
+            if args.resolution < getattr(discriminator, "min_image_size", 1):
+                raise ValueError(
+                    f"`--resolution` is {args.resolution}, allowed with `--discriminator {args.discriminator}`:"
+                    f" {discriminator.min_image_size} or more."
+                )
     for frozen in (perceptual_loss, *teachers.values()):
         if frozen is not None:
             frozen.to(device)

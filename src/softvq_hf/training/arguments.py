@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -189,12 +190,14 @@ class TrainingArguments(DataArguments):
         for name in ("lr_warmup_steps", "validation_steps", "seed", "max_nonfinite_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 0 on.")
+        if self.seed >= 2**32:
+            raise ValueError(f"`--seed` is {self.seed}, allowed: up to {2**32 - 1}.")
         for name in ("lr_warmup_start", "min_lr", "adam_weight_decay", "max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: numbers from 0 on.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: finite numbers from 0 on.")
         for name in ("learning_rate", "adam_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: numbers above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: finite numbers above 0.")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: [0, 1).")
@@ -209,6 +212,11 @@ class TrainingArguments(DataArguments):
             raise ValueError("`--streaming` needs `--max_train_steps`: the length of a stream is not known.")
         if self.max_train_steps is not None:
             self.check_length(self.max_train_steps)
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
+            raise ValueError(
+                f"`--lr_warmup_steps` is {self.lr_warmup_steps}, allowed with `--lr_scheduler constant`: 0;"
+                " constant_with_warmup has a warm-up."
+            )
         if self.lr_scheduler != "cosine_with_min_lr" and (self.min_lr or self.lr_warmup_start):
             raise ValueError(
                 f"`--min_lr` is {self.min_lr} and `--lr_warmup_start` is {self.lr_warmup_start}, which only"

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from softvq_hf.training.preemption import ignore_interrupts
@@ -44,8 +44,9 @@ def build_dataloader(
         batch_size (`int`): Samples in a batch of this process.
         collate_fn (`Callable`, *optional*): Makes a batch of items; by default torch's.
         num_workers (`int`): Worker processes, 0 to load in this one.
-        train (`bool`): Shuffle, and drop incomplete batches. (A stream shuffles itself, and [`training_batches`] drops
-            its incomplete batches.) Otherwise everything comes in order, on the device of the accelerator.
+        train (`bool`): Shuffle, and leave out of every pass, other ones each time, the samples that make no whole
+            update. (A stream shuffles itself, and [`training_batches`] drops its incomplete batches.) Otherwise
+            everything comes in order, on the device of the accelerator.
 
     Returns:
         `DataLoader`; for training on a stream `StatefulDataLoader`, whose batches [`training_batches`] moves.
@@ -61,7 +62,15 @@ def build_dataloader(
         "generator": torch.Generator(),
     }
     if not is_stream:
-        return accelerator.prepare(DataLoader(dataset, shuffle=train, drop_last=train, **options))
+        if not train:
+            return accelerator.prepare(DataLoader(dataset, **options))
+        # whole updates, so that a pass has the same images however an update is divided; in a data set that is smaller
+        # than an update, whole batches
+        batch = batch_size * accelerator.num_processes
+        update = batch * accelerator.gradient_accumulation_steps
+        num_samples = len(dataset) // update * update or len(dataset) // batch * batch
+        sampler = RandomSampler(dataset, num_samples=num_samples)
+        return accelerator.prepare(DataLoader(dataset, sampler=sampler, drop_last=True, **options))
     if train:
         return StatefulDataLoader(dataset, **options)
     return prepare_data_loader(

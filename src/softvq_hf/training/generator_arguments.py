@@ -1,5 +1,6 @@
 """Arguments of `training/train_sit.py`: latents, transformer, objective and samples."""
 
+import math
 from dataclasses import dataclass, field
 
 from softvq_hf.losses import ALIGNMENT_MODES
@@ -65,7 +66,9 @@ class SiTTrainingArguments(TrainingArguments):
     repa_teacher: str | None = field(
         default=None, metadata={"help": "Frozen vision model of transformers; needs images, not cached latents."}
     )
-    repa_weight: float = field(default=0.5, metadata={"help": "Weight of the alignment."})
+    repa_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the alignment, by default 0.5 with a teacher."}
+    )
     repa_layer: int = field(default=8, metadata={"help": "Block, from 1, whose output is aligned."})
     repa_hidden_size: int = field(default=2048, metadata={"help": "Width of the projection to the teacher."})
     repa_mode: str = field(
@@ -120,15 +123,30 @@ class SiTTrainingArguments(TrainingArguments):
                 f" {self.latents_dir!r}, which holds none: train on images (`--dataset_name` or `--train_data_dir`,"
                 " and `--vae`)."
             )
-        if self.repa_teacher is None and self.repa_patch_size is not None:
-            raise ValueError(f"`--repa_patch_size` is {self.repa_patch_size}, but `--repa_teacher` is not given.")
-        if not self.repa_weight > 0:
-            raise ValueError(f"`--repa_weight` is {self.repa_weight}, allowed: numbers above 0.")
+        for name in ("repa_weight", "repa_patch_size"):
+            if self.repa_teacher is None and getattr(self, name) is not None:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}, but `--repa_teacher` is not given.")
+        if self.repa_weight is None and self.repa_teacher is not None:
+            self.repa_weight = 0.5
+        if self.repa_weight is not None and not 0 < self.repa_weight < math.inf:
+            raise ValueError(f"`--repa_weight` is {self.repa_weight}, allowed: finite numbers above 0.")
         for name in (
             *("num_inference_steps", "num_sample_classes", "num_samples_per_class"),
             *("repa_layer", "repa_hidden_size"),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
+        if self.objective == "ddpm" and self.num_inference_steps > 1000:
+            raise ValueError(
+                f"`--num_inference_steps` is {self.num_inference_steps}, allowed with `--objective ddpm`: up to 1000,"
+                " the steps of its chain."
+            )
+        if self.latents_dir is not None:
+            for name in ("streaming", "max_train_samples", "num_classes"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`--{name}` is {getattr(self, name)}, allowed with `--latents_dir`: leave it out, for it is"
+                        " about images."
+                    )
         if not self.guidance_scale >= 1:
             raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers from 1 on.")

@@ -118,7 +118,7 @@ def backward_and_step(
     inside of `accelerator.accumulate`. The gradients are the caller's to clear.
 
     A step with gradients that are not finite is left out, and the batch counted and named
-    ([`~softvq_hf.training.nonfinite.check_finite`]). Under fp16 it is an everyday matter, which the loss scale settles.
+    ([`~softvq_hf.training.nonfinite.check_finite`]). Under fp16 that is an everyday matter of the loss scale.
 
     Args:
         accelerator (`Accelerator`): The accelerator.

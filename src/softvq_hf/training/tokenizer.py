@@ -27,7 +27,8 @@ logger = get_logger(__name__)
 def build_tokenizer(args: SoftVQTrainingArguments) -> AutoencoderSoftVQ:
     """
     A new tokenizer, with DINOv2 weights in its encoder if asked for, or a trained one, at the size of the images; with
-    the parts frozen or adapted that `args` says.
+    the parts frozen or adapted that `args` says. A trained one whose encoder goes on learning loses its latent
+    statistics (`scaling_factor`, `shift_factor`): they will not be those of the new latents.
 
     Raises:
         ValueError: If `args` do not fit the tokenizer.
@@ -37,6 +38,8 @@ def build_tokenizer(args: SoftVQTrainingArguments) -> AutoencoderSoftVQ:
         if tokenizer.config.sample_size not in _same_sizes(args.resolution):
             logger.info(f"Positions are resampled from {tokenizer.config.sample_size} to {args.resolution} pixels")
             tokenizer = resize_tokenizer(tokenizer, args.resolution)
+        if args.encoder_tuning != "frozen":  # other latents, whose statistics training/cache_latents.py measures
+            tokenizer.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     else:
         check_model_config(AutoencoderSoftVQ, args.model)
         tokenizer = AutoencoderSoftVQ(**{"sample_size": args.resolution, **args.model})
@@ -101,6 +104,12 @@ class TokenizerWithHeads(nn.Module):
         config = tokenizer.config
         self.alignment = None
         if "alignment" in teachers:
+            num_tokens, num_latent_tokens = teachers["alignment"].num_tokens, config.num_latent_tokens
+            if args.alignment_mode == "repeat" and num_tokens % num_latent_tokens != 0:
+                raise ValueError(
+                    f"`--alignment_mode` is repeat with {num_tokens} tokens of the teacher and {num_latent_tokens}"
+                    " latents, allowed: multiples of the latents. `--alignment_patch_size` changes the teacher's."
+                )
             self.alignment = AlignmentLoss(
                 config.latent_channels,
                 teachers["alignment"].hidden_size,

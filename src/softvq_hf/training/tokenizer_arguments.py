@@ -1,6 +1,8 @@
 """Arguments of `training/train_softvq.py`: the tokenizer, what is trained of it, and the weights of its losses."""
 
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from softvq_hf.losses import ADVERSARIAL_LOSSES, ALIGNMENT_MODES, DISCRIMINATORS
 from softvq_hf.training.arguments import TrainingArguments
@@ -46,7 +48,9 @@ class SoftVQTrainingArguments(TrainingArguments):
     kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL divergence (kl)."})
 
     # perceptual loss
-    perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of LPIPS-VGG; 0 = off."})
+    perceptual_weight: float | None = field(
+        default=None, metadata={"help": "Weight of LPIPS-VGG; by default 0, which is off."}
+    )
     perceptual_warmup_steps: int = field(default=0, metadata={"help": "Updates in which it grows from 0."})
     perceptual_dropout: bool = field(default=False, metadata={"help": "Dropout inside LPIPS, as published."})
     perceptual_trunk: str | None = field(
@@ -54,8 +58,9 @@ class SoftVQTrainingArguments(TrainingArguments):
     )
 
     # adversarial losses
-    discriminator: str = field(
-        default="none", metadata={"help": "Discriminator by name.", "choices": ["none", *DISCRIMINATORS]}
+    discriminator: str | None = field(
+        default=None,
+        metadata={"help": "Discriminator by name; by default none.", "choices": ["none", *DISCRIMINATORS]},
     )
     discriminator_backbone: str | None = field(
         default=None, metadata={"help": "Frozen ViT of the discriminator dino, by default facebook/dino-vits16."}
@@ -137,8 +142,14 @@ class SoftVQTrainingArguments(TrainingArguments):
 
     def _check_ranges(self) -> None:
         for name, value in vars(self).items():
-            if name.endswith("_weight") and not isinstance(value, bool) and value is not None and not value >= 0:
-                raise ValueError(f"`--{name}` is {value}, allowed: numbers from 0 on.")
+            is_weight = name.endswith("_weight") and not isinstance(value, bool) and value is not None
+            if is_weight and not 0 <= value < math.inf:
+                raise ValueError(f"`--{name}` is {value}, allowed: finite numbers from 0 on.")
+        if self.discr_learning_rate is not None and not 0 < self.discr_learning_rate < math.inf:
+            raise ValueError(
+                f"`--discr_learning_rate` is {self.discr_learning_rate}, allowed: finite numbers above 0, or leave it"
+                " out."
+            )
         for name in ("perceptual_warmup_steps", "adversarial_start", "adversarial_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 0 on.")
@@ -182,6 +193,19 @@ class SoftVQTrainingArguments(TrainingArguments):
             )
 
     def _check_losses(self) -> None:
+        # What is switched off explicitly may keep its settings, as in a recipe; what was never chosen has none.
+        if self.discriminator is None:
+            self._refuse(
+                "--discriminator",
+                *("lecam_weight", "consistency_weight", "augment_discriminator", "adaptive_adversarial_weight"),
+                *("adversarial_start", "adversarial_warmup_steps", "discr_learning_rate"),
+            )
+            self.discriminator = "none"
+        if self.perceptual_weight is None:
+            self._refuse("--perceptual_weight", "perceptual_dropout", "perceptual_warmup_steps", "perceptual_trunk")
+            self.perceptual_weight = 0.0
+        if self.perceptual_trunk is not None and not Path(self.perceptual_trunk).is_file():
+            raise ValueError(f"`--perceptual_trunk` is {self.perceptual_trunk!r}, allowed: a file that exists.")
         if self.discriminator_backbone is not None and self.discriminator != "dino":
             raise ValueError(
                 f"`--discriminator_backbone` is {self.discriminator_backbone!r}, which only `--discriminator dino`"
@@ -196,6 +220,11 @@ class SoftVQTrainingArguments(TrainingArguments):
             self.alignment_weight = 0.1 if self.alignment_teacher is not None else 0.0
         if self.auxiliary_masked_only and self.mask_ratio_max == 0:
             raise ValueError("`--auxiliary_masked_only` needs masked patches, `--mask_ratio_max` is 0.")
+
+    def _refuse(self, missing: str, *names: str) -> None:
+        for name in names:
+            if getattr(self, name):
+                raise ValueError(f"`--{name}` is {getattr(self, name)}, but `{missing}` is not given.")
 
     def check_length(self, max_train_steps: int) -> None:
         super().check_length(max_train_steps)
