@@ -44,7 +44,7 @@ from softvq_hf.training.dataloader import (
     training_batches,
     write_unreadable_report,
 )
-from softvq_hf.training.distributed import averaged_model, prepare_model
+from softvq_hf.training.distributed import averaged_model, backward, prepare_model
 from softvq_hf.training.generator import build_ddpm_scheduler, encode_latents, get_latent_shape, load_tokenizer
 from softvq_hf.training.generator_arguments import SiTTrainingArguments
 from softvq_hf.training.hub import export_pipeline, pipeline_card, push_folder
@@ -57,11 +57,11 @@ from softvq_hf.training.logging import (
 )
 from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.optimization import (
-    backward_and_step,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
     scaled_learning_rate,
+    step_optimizers,
 )
 from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
 from softvq_hf.training.randomness import BatchGenerators, batch_generators
@@ -333,14 +333,15 @@ def main(args: SiTTrainingArguments) -> None:
             with accelerator.accumulate(model):
                 losses = model(latents, class_labels, generators, teacher_tokens)
                 values = reduce_losses(accelerator, losses)
-                update_is_finite &= check_finite(accelerator, args, state, values, batch["image_id"])
-
                 if update_is_finite:
-                    update_is_finite, norm = backward_and_step(
-                        accelerator, args, state, model, optimizer, losses["loss"], batch["image_id"]
+                    update_is_finite = check_finite(accelerator, args, state, values, batch["image_id"])
+                backward(accelerator, model, losses["loss"])
+                if accelerator.sync_gradients:
+                    trained = {"grad_norm": (model, optimizer)}
+                    update_is_finite, norms = step_optimizers(
+                        accelerator, args, state, trained, update_is_finite, batch["image_id"]
                     )
-                    values |= norm
-                optimizer.zero_grad()
+                    values |= norms
 
             values_of_step.append(values)
             if not accelerator.sync_gradients:
@@ -351,7 +352,7 @@ def main(args: SiTTrainingArguments) -> None:
             values = mean_over_batches(values_of_step)
             values["learning_rate"] = optimizer.param_groups[0]["lr"]
             lr_scheduler.step()
-            if ema is not None:
+            if ema is not None and update_is_finite:
                 ema.step(plain_transformer.parameters())
 
             samples = len(latents) * accelerator.num_processes * len(values_of_step)

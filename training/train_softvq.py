@@ -50,7 +50,7 @@ from softvq_hf.training.dataloader import (
     training_batches,
     write_unreadable_report,
 )
-from softvq_hf.training.distributed import averaged_model, prepare_model
+from softvq_hf.training.distributed import averaged_model, backward, prepare_model
 from softvq_hf.training.fine_tuning import merged_tokenizer
 from softvq_hf.training.hub import export_model, push_folder, tokenizer_card
 from softvq_hf.training.logging import (
@@ -63,11 +63,11 @@ from softvq_hf.training.logging import (
 from softvq_hf.training.masking import sample_patch_mask
 from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.optimization import (
-    backward_and_step,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
     scaled_learning_rate,
+    step_optimizers,
 )
 from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
 from softvq_hf.training.randomness import BatchGenerators, batch_generators
@@ -186,6 +186,11 @@ def main(args: SoftVQTrainingArguments) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         check_resumable(checkpoint, args, accelerator.num_processes)
+    if args.adaptive_adversarial_weight and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "`--adaptive_adversarial_weight` compares gradients that are too small for fp16, allowed with it:"
+            " `--mixed_precision bf16` or no."
+        )
     repo_id = args.repo_id
     if args.push_to_hub and accelerator.is_main_process:  # before the work: a token that cannot write is an error now
         repo_id = create_repo(repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id
@@ -333,37 +338,33 @@ def main(args: SoftVQTrainingArguments) -> None:
                 if output.get("max_probability") is not None:
                     losses["max_probability"] = output.max_probability
                 values = reduce_losses(accelerator, {"loss": loss, **losses})
-                update_is_finite &= check_finite(accelerator, args, state, values, batch["image_id"])
-
                 if update_is_finite:
-                    update_is_finite, norm = backward_and_step(
-                        accelerator, args, state, model, optimizer, loss, batch["image_id"]
-                    )
-                    values |= norm
-                optimizer.zero_grad()
+                    update_is_finite = check_finite(accelerator, args, state, values, batch["image_id"])
+                backward(accelerator, model, loss)
 
                 # Discriminator: tell the same reconstructions, detached, from the originals
-                if adversarial > 0 and update_is_finite:
+                if adversarial > 0:
+                    # broken reconstructions would break the discriminator's statistics
+                    reconstructions = output.sample.detach() if update_is_finite else pixel_values
                     losses = compute_discriminator_loss(
-                        args, discriminator, lecam, adversarial, pixel_values, output.sample.detach(), generators
+                        args, discriminator, lecam, adversarial, pixel_values, reconstructions, generators
                     )
                     discriminator_values = reduce_losses(accelerator, losses)
-                    values |= discriminator_values
-                    update_is_finite = check_finite(accelerator, args, state, discriminator_values, batch["image_id"])
-                if adversarial > 0:
                     if update_is_finite:
-                        update_is_finite, norm = backward_and_step(
-                            accelerator,
-                            args,
-                            state,
-                            discriminator,
-                            discriminator_optimizer,
-                            losses["discriminator_loss"],
-                            batch["image_id"],
-                            norm_name="discriminator_grad_norm",
+                        values |= discriminator_values
+                        update_is_finite = check_finite(
+                            accelerator, args, state, discriminator_values, batch["image_id"]
                         )
-                        values |= norm
-                    discriminator_optimizer.zero_grad()
+                    backward(accelerator, discriminator, losses["discriminator_loss"])
+
+                if accelerator.sync_gradients:
+                    trained = {"grad_norm": (model, optimizer)}
+                    if adversarial > 0:
+                        trained["discriminator_grad_norm"] = (discriminator, discriminator_optimizer)
+                    update_is_finite, norms = step_optimizers(
+                        accelerator, args, state, trained, update_is_finite, batch["image_id"]
+                    )
+                    values |= norms
 
             values_of_step.append(values)
             if not accelerator.sync_gradients:
@@ -375,7 +376,7 @@ def main(args: SoftVQTrainingArguments) -> None:
             values["learning_rate"] = optimizer.param_groups[0]["lr"]
             for lr_scheduler in lr_schedulers:
                 lr_scheduler.step()
-            if ema is not None:
+            if ema is not None and update_is_finite:
                 ema.step(plain_tokenizer.parameters())
 
             images = len(pixel_values) * accelerator.num_processes * len(values_of_step)
@@ -391,7 +392,8 @@ def main(args: SoftVQTrainingArguments) -> None:
                         accelerator, averaged_tokenizer, validation_dataloader, args.num_validation_images
                     )
                 metrics.log({f"validation/{name}": value for name, value in quality.items()})
-                metrics.log_image("validation", reconstruction_grid(originals, reconstructions))
+                if accelerator.is_main_process:
+                    metrics.log_image("validation", reconstruction_grid(originals, reconstructions))
             is_preempted = preempted(accelerator)
             if step % args.checkpointing_steps == 0 or is_preempted:
                 save_checkpoint(accelerator, args, state, **parts)

@@ -318,11 +318,47 @@ def test_learns_from_pretrained(run_main, tokenizer_args, tokenizer_dir, tmp_pat
     )
 
 
+@pytest.mark.parametrize("broken_loss", ["mse_loss", "relu"])
+def test_an_update_left_out_leaves_nothing_behind(
+    broken_loss, run_main, tokenizer_args, tmp_path, read_metrics, assert_same_state, monkeypatch
+):
+    """Whichever of its accumulated batches was broken, in the tokenizer's losses or in the discriminator's."""
+    original, calls = getattr(torch.nn.functional, broken_loss), []
+
+    def break_call(number):
+        def broken(*args, **kwargs):
+            calls.append(None)
+            return original(*args, **kwargs) * (torch.nan if len(calls) == number else 1)
+
+        calls.clear()
+        monkeypatch.setattr(torch.nn.functional, broken_loss, broken)
+
+    flags = [*tokenizer_args, "--discriminator=patchgan", "--lecam_weight=0.001", "--gradient_accumulation_steps=2"]
+    flags += ["--validation_steps=0", "--checkpointing_steps=1", "--max_train_steps=3", "--report_to=none"]
+    per_batch = 1 if broken_loss == "mse_loss" else 4  # two sides of the hinge loss, two of LeCAM
+    for name, batch in (("first", 2), ("second", 3)):
+        break_call(per_batch * batch + 1)
+        run_main("train_softvq", *flags, f"--output_dir={tmp_path / name}")
+    lines = read_metrics(tmp_path / "second")
+    assert [line["step"] for line in lines if None in line.values()] == [2]
+    for weights in ("model.safetensors", "model_1.safetensors"):
+        steps = [load_file(tmp_path / f"second/checkpoint-{step}" / weights) for step in (1, 2, 3)]
+        trained = [name for name in steps[0] if "running" not in name and "num_batches" not in name]
+        assert all(torch.equal(steps[0][name], steps[1][name]) for name in trained)
+        assert not all(torch.equal(steps[1][name], steps[2][name]) for name in trained)
+        assert all(tensor.isfinite().all() for tensor in steps[2].values())
+    norms = [
+        [line[name] for name in ("grad_norm", "discriminator_grad_norm")]
+        for line in (read_metrics(tmp_path / name)[2] for name in ("first", "second"))
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def test_updates_that_are_not_finite_are_left_out(run_main, tokenizer_args, tmp_path, read_metrics):
     flags = [*tokenizer_args, "--discriminator=maskbit", "--reconstruction_weight=1e39", "--validation_steps=0"]
     run_main("train_softvq", *flags, f"--output_dir={tmp_path / 'run'}", "--max_nonfinite_batches=6")
     lines = read_metrics(tmp_path / "run")
-    assert [line["loss"] for line in lines] == [None] * 6 and "grad_norm" not in lines[0]
+    assert [line["loss"] for line in lines] == [None] * 6
     assert (
         json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())["trainer"]["nonfinite_batches"] == 6
     )

@@ -47,7 +47,8 @@ UNREADABLE = (
     zlib.error,
     PIL.Image.DecompressionBombError,
 )
-FEW_UNREADABLE = 4  # never too many in a small data set
+# Never too many in a small data set: so many if they are at most half of it, or an eighth of it up to MANY_UNREADABLE.
+FEW_UNREADABLE, MANY_UNREADABLE = 4, 16
 UNSEEN, READABLE, UNREAD = 0, 1, 2
 
 OPEN_SHARDS = 10  # shards that a training stream mixes at a time, as many as `datasets.IterableDataset.shuffle`
@@ -190,7 +191,8 @@ class ImageDataset(Dataset):
     [`UnreadableImagesError`] is raised as soon as
 
     - more than `max_unreadable_fraction` of the data set is known to be unreadable (up to four images, if they are at
-      most half of it, are never too many unless the fraction is 0); or
+      most half of it, and up to sixteen, if they are at most an eighth, are never too many unless the fraction is 0);
+      or
     - from 100 images seen on, their unreadable share exceeds `max_unreadable_fraction` by more than three standard
       deviations of what chance would give; or
     - no image of the data set can be read.
@@ -620,7 +622,8 @@ def check_unreadable(unreadable: int, seen: int, total: int | None, max_unreadab
         expected = max_unreadable_fraction * seen
         too_many = seen >= 100 and unreadable > expected + 3 * math.sqrt(expected)
         if total is not None:
-            too_many |= unreadable > max(max_unreadable_fraction * total, min(FEW_UNREADABLE, total // 2))
+            few = max(min(FEW_UNREADABLE, total // 2), min(MANY_UNREADABLE, total // 8))
+            too_many |= unreadable > max(max_unreadable_fraction * total, few)
     if too_many:
         of_total = "" if total is None else f", of {total} in the data set"
         raise UnreadableImagesError(

@@ -117,7 +117,7 @@ class LeCAMRegularizer(nn.Module):
     """LeCAM regularisation of the discriminator (arXiv 2104.03310, equation 6).
 
     Keeps exponential moving averages of the mean logit of real and of fake images, starting at 0, as buffers: the
-    module is checkpointed with the run (`accelerator.register_for_checkpointing(lecam)`). In distributed training the
+    module belongs into the checkpoints of a run. In distributed training the
     averages follow the global batch and are the same on all processes (the official code keeps one pair per process),
     so every process must call the module.
 

@@ -23,7 +23,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
-from torch.distributed.nn.functional import all_reduce
 
 
 # of the entropy loss, whatever `tau` is
@@ -742,6 +741,22 @@ class SoftVQDecoder(nn.Module):
         return self.pixel_head(hidden_states[:, first : first + grid_size[0] * grid_size[1]], grid_size)
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over the processes of a distributed run; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
 def codebook_entropy_loss(affinity: torch.Tensor, epsilon: float, synchronized: bool = False) -> torch.Tensor:
     """
     Mean entropy of the assignments minus the entropy of the mean assignment, at a fixed temperature of 0.01.
@@ -764,7 +779,7 @@ def codebook_entropy_loss(affinity: torch.Tensor, epsilon: float, synchronized: 
     sample_entropy = -(probs * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
     mean_probs = probs.mean(dim=0)
     if synchronized:
-        mean_probs = all_reduce(mean_probs) / torch.distributed.get_world_size()
+        mean_probs = SumOverProcesses.apply(mean_probs) / torch.distributed.get_world_size()
     return sample_entropy + (mean_probs * torch.log(mean_probs + epsilon)).sum()
 
 

@@ -153,9 +153,6 @@ class TrainingArguments(DataArguments):
         },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "TF32 matrix products on Ampere GPUs and newer."})
-    channels_last: bool = field(
-        default=False, metadata={"help": "Channels-last memory in convolutional networks: faster on GPUs."}
-    )
 
     # checkpoints, logs, pictures
     checkpointing_steps: int = field(default=500, metadata={"help": "Updates between checkpoints."})

@@ -53,7 +53,15 @@ FREE_ARGUMENTS = {
 }
 # Arguments that name a file or folder, which may have moved.
 PATH_ARGUMENTS = {
-    *("train_data_dir", "latents_dir", "vae", "pretrained_model_name_or_path", "encoder_init", "perceptual_trunk"),
+    *(
+        "dataset_name",
+        "train_data_dir",
+        "latents_dir",
+        "vae",
+        "pretrained_model_name_or_path",
+        "encoder_init",
+        "perceptual_trunk",
+    ),
     *("discriminator_backbone", "alignment_teacher", "repa_teacher"),
     *("auxiliary_dinov2_teacher", "auxiliary_clip_teacher"),
 }

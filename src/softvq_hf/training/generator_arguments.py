@@ -20,7 +20,7 @@ OBJECTIVES = {
 
 @dataclass(kw_only=True)
 class SiTTrainingArguments(TrainingArguments):
-    """Arguments of this script besides the common ones: the transformer, its latents and its samples."""
+    """Arguments of a generator's training besides the common ones: the transformer, its latents and its samples."""
 
     # latents: cached, or made from the images of --dataset_name or --train_data_dir
     latents_dir: str | None = field(default=None, metadata={"help": "Folder written by training/cache_latents.py."})

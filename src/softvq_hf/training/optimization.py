@@ -1,4 +1,4 @@
-"""Optimizers by name, learning-rate schedules, gradient clipping and the random draws of one training step."""
+"""Optimizers by name, learning-rate schedules, averaged weights, and the end of an update: clipping and steps."""
 
 import math
 import warnings
@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from softvq_hf.training.arguments import TrainingArguments
-from softvq_hf.training.distributed import backward
 from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.state import TrainerState
 
@@ -103,46 +102,51 @@ def scaled_learning_rate(args: TrainingArguments, learning_rate: float, num_proc
     return learning_rate * global_batch_size / args.lr_base_batch_size
 
 
-def backward_and_step(
+def step_optimizers(
     accelerator: Accelerator,
     args: TrainingArguments,
     state: TrainerState,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: torch.Tensor,
+    trained: dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]],
+    is_finite: bool,
     image_ids: list[str | int],
-    norm_name: str = "grad_norm",
 ) -> tuple[bool, dict[str, float]]:
     """
-    The gradients of one batch and, at the last batch of an update, clipping and the step of the optimizer. Collective,
-    inside of `accelerator.accumulate`. The gradients are the caller's to clear.
+    End an update: clip the gradients of every model, step every optimizer, clear the gradients. Collective, after the
+    backward passes of the last batch, inside of `accelerator.accumulate`.
 
-    A step with gradients that are not finite is left out, and the batch counted and named
-    ([`~softvq_hf.training.nonfinite.check_finite`]). Under fp16 that is an everyday matter of the loss scale.
+    All optimizers step, or none: where a loss or a gradient is not finite the update is left out, and the batch with
+    the gradient counted and named ([`~softvq_hf.training.nonfinite.check_finite`]). Under fp16 that is left to the
+    loss scale, which is adapted once, after all steps. (DeepSpeed's engines have stepped in their backward passes.)
 
     Args:
         accelerator (`Accelerator`): The accelerator.
         args (`TrainingArguments`): `max_grad_norm`, and what `check_finite` needs.
-        state (`TrainerState`): Counts the steps left out.
-        model (`torch.nn.Module`), optimizer (`torch.optim.Optimizer`): As prepared together.
-        loss (`torch.Tensor`): Scalar, finite on all processes.
-        image_ids (`list`): Images of this process's batch.
-        norm_name (`str`, *optional*, defaults to `"grad_norm"`): Name of the norm.
+        state (`TrainerState`): Counts the updates left out.
+        trained (`dict`): Model and optimizer, as prepared together, by the name of their norm.
+        is_finite (`bool`): Whether all losses of the update were finite.
+        image_ids (`list`): Images of this process's last batch.
 
     Returns:
-        `tuple`: whether all was finite, and the norm before clipping by its name, if this was the last batch.
+        `tuple`: whether the update was made, and the norms before clipping by name.
 
     Raises:
         FloatingPointError: As `check_finite`.
     """
-    backward(accelerator, model, loss)
-    if not accelerator.sync_gradients:
-        return True, {}
-    norm = {norm_name: clip_gradients(accelerator, model, optimizer, args.max_grad_norm).item()}
-    if accelerator.scaler is None and not check_finite(accelerator, args, state, norm, image_ids):
-        return False, norm
-    optimizer.step()
-    return True, norm
+    norms = {
+        name: clip_gradients(accelerator, model, optimizer, args.max_grad_norm).item()
+        for name, (model, optimizer) in trained.items()
+    }
+    optimizers = [optimizer for _, optimizer in trained.values()]
+    if accelerator.scaler is not None:
+        for optimizer in optimizers:
+            accelerator.scaler.step(optimizer.optimizer)
+        accelerator.scaler.update()
+    elif is_finite and (is_finite := check_finite(accelerator, args, state, norms, image_ids)):
+        for optimizer in optimizers:
+            optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return is_finite, norms
 
 
 def clip_gradients(

@@ -2,8 +2,8 @@
 
 What the whole global batch shares (a masking ratio, the coins of an augmentation) is drawn from a generator keyed by
 seed and step; what belongs to one sample (noise, its timestep, a dropped label) from one keyed by seed, epoch and the
-sample's position in the pass. So a run is the same after an interruption, on any number of processes and however an
-update is cut into batches. All draws are made on the CPU: they do not depend on the device either.
+sample's position in the pass. So the draws are the same after an interruption, on any number of processes and however
+an update is cut into batches. All draws are made on the CPU: they do not depend on the device either.
 """
 
 from dataclasses import dataclass

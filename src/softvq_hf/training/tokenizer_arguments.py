@@ -120,6 +120,10 @@ class SoftVQTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Take the auxiliary losses from masked patches only."}
     )
 
+    channels_last: bool = field(
+        default=False, metadata={"help": "Channels-last memory in convolutional networks: faster on GPUs."}
+    )
+
     # validation
     validation_split: str = field(default="validation", metadata={"help": "Split that validation measures."})
     max_validation_samples: int | None = field(default=1000, metadata={"help": "Images PSNR is measured on."})
