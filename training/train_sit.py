@@ -30,13 +30,7 @@ from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from softvq_hf.training.accelerator import build_accelerator
 from softvq_hf.training.arguments import check_model_config, check_output_dir, parse_args
-from softvq_hf.training.checkpointing import (
-    check_resumable,
-    clean_up,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from softvq_hf.training.checkpointing import load_checkpoint, open_output_dir, save_checkpoint
 from softvq_hf.training.dataloader import (
     build_dataloader,
     check_dataset_size,
@@ -224,12 +218,7 @@ def main(args: SiTTrainingArguments) -> None:
     check_output_dir(args.output_dir)
     accelerator = build_accelerator(args)
     device = accelerator.device
-    if accelerator.is_main_process:
-        clean_up(args.output_dir)
-    accelerator.wait_for_everyone()
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        check_resumable(checkpoint, args, accelerator.num_processes)
+    checkpoint = open_output_dir(accelerator, args)
     repo_id = args.repo_id
     if args.push_to_hub and accelerator.is_main_process:  # before the work: a token that cannot write is an error now
         repo_id = create_repo(repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id

@@ -36,13 +36,7 @@ from softvq_hf.losses import (
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.training.accelerator import build_accelerator
 from softvq_hf.training.arguments import check_output_dir, parse_args
-from softvq_hf.training.checkpointing import (
-    check_resumable,
-    clean_up,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from softvq_hf.training.checkpointing import load_checkpoint, open_output_dir, save_checkpoint
 from softvq_hf.training.dataloader import (
     build_dataloader,
     check_dataset_size,
@@ -180,12 +174,7 @@ def main(args: SoftVQTrainingArguments) -> None:
     check_output_dir(args.output_dir)
     accelerator = build_accelerator(args)
     device = accelerator.device
-    if accelerator.is_main_process:
-        clean_up(args.output_dir)
-    accelerator.wait_for_everyone()
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        check_resumable(checkpoint, args, accelerator.num_processes)
+    checkpoint = open_output_dir(accelerator, args)
     if args.adaptive_adversarial_weight and accelerator.mixed_precision == "fp16":
         raise ValueError(
             "`--adaptive_adversarial_weight` compares gradients that are too small for fp16, allowed with it:"

@@ -417,7 +417,9 @@ def test_the_length_of_a_run_may_change_where_the_schedule_does_not_know_it(tmp_
     path = saved_run(tmp_path / "constant", **constant)
     check_resumable(path, arguments(tmp_path, **{**BASE, **constant, "max_train_steps": 20}), 1)
     with pytest.raises(ValueError, match="`--lr_scheduler`: saved 'constant_with_warmup', given 'constant'"):
-        check_resumable(path, arguments(tmp_path, **{**BASE, "lr_scheduler": "constant", "lr_warmup_steps": 2}), 1)
+        check_resumable(path, arguments(tmp_path, **{**BASE, "lr_scheduler": "constant", "lr_warmup_steps": 0}), 1)
+    with pytest.raises(ValueError, match="`--max_train_steps`: given 2, the checkpoint has [3-9] updates done"):
+        check_resumable(path, arguments(tmp_path, **{**BASE, **constant, "max_train_steps": 2}), 1)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,26 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     return path
 
 
+def open_output_dir(accelerator: Accelerator, args: TrainingArguments) -> Path | None:
+    """
+    Remove what an interrupted run left half-written in `args.output_dir`, and find the checkpoint to resume from.
+    Collective, before any work is done.
+
+    Returns:
+        `Path`: A complete checkpoint that fits the arguments; `None` for a fresh start.
+
+    Raises:
+        ValueError: As [`find_checkpoint`] and [`check_resumable`].
+    """
+    if accelerator.is_main_process:
+        clean_up(args.output_dir)
+    accelerator.wait_for_everyone()
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_resumable(checkpoint, args, accelerator.num_processes)
+    return checkpoint
+
+
 def check_resumable(checkpoint: str | Path, args: TrainingArguments, num_processes: int) -> None:
     """
     Compare the arguments of a run with those that its checkpoint was written with, before any work is done.
@@ -214,6 +234,16 @@ def check_resumable(checkpoint: str | Path, args: TrainingArguments, num_process
             f"images per batch: saved {before[0] * before[1]}, given {now[0] * now[1]}, of which the"
             f" {trainer_state['trainer']['batch'] * before[0] * before[1]} images that this pass has used up are no"
             " whole number"
+        )
+    elif before[2] != now[2]:
+        logger.warning(
+            f"An update was {words[0]} and is {words[1]} now: losses that are no means over images (codebook entropy,"
+            " LeCAM, adaptive weight) and BatchNorm see other batches."
+        )
+    step = trainer_state["trainer"]["step"]
+    if args.max_train_steps is not None and args.max_train_steps < step:
+        differences.append(
+            f"`--max_train_steps`: given {args.max_train_steps}, the checkpoint has {step} updates done"
         )
     if differences:
         raise ValueError(

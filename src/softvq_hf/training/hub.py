@@ -157,8 +157,8 @@ def push_folder(
 ) -> str:
     """
     Upload a folder to a model repository on the Hub, which is made if needed. Training checkpoints (`checkpoint-*`),
-    tracker files (`logs`), the record of the run (`run.json`, which names folders of this machine) and hidden files
-    stay behind. A card that was written for a folder, with its path in the title and in the code, is changed to name
+    tracker files (`logs`), the record of the run (`run.json`, which names folders of this machine), the list of
+    unreadable images and hidden files stay behind. A card that was written for a folder, with its path in the title and in the code, is changed to name
     the repository.
 
     Args:
@@ -189,7 +189,7 @@ def push_folder(
         token=token,
         commit_message=commit_message,
         create_pr=create_pr,
-        ignore_patterns=["checkpoint-*/**", "logs/**", RUN_FILE, ".*", "**/.*"],
+        ignore_patterns=["checkpoint-*/**", "logs/**", RUN_FILE, "unreadable_images.txt", ".*", "**/.*"],
     )
     return commit.pr_url or str(repo)
 
