@@ -158,8 +158,8 @@ def push_folder(
     """
     Upload a folder to a model repository on the Hub, which is made if needed. Training checkpoints (`checkpoint-*`),
     tracker files (`logs`), the record of the run (`run.json`, which names folders of this machine), the list of
-    unreadable images and hidden files stay behind. A card that was written for a folder, with its path in the title and in the code, is changed to name
-    the repository.
+    unreadable images and hidden files stay behind. A card that was written for a folder, with its path in the title
+    and in the code, is changed to name the repository.
 
     Args:
         repo_id (`str`): The repository, `"user/name"`; without a user, one's own.
