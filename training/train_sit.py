@@ -18,18 +18,17 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from huggingface_hub import create_repo
-from torch import nn
 from tqdm.auto import tqdm
 
 from softvq_hf.data import collate_images, load_cached_latents, load_image_dataset
 from softvq_hf.data.latents import read_metadata
-from softvq_hf.losses import AlignmentLoss, diffusion_loss, flow_matching_loss, load_teacher, lognormal_times
+from softvq_hf.losses import load_teacher
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
-from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel, Transformer1DModelOutput
+from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from softvq_hf.training.accelerator import build_accelerator
-from softvq_hf.training.arguments import check_model_config, check_output_dir, parse_args
+from softvq_hf.training.arguments import check_output_dir, parse_args
 from softvq_hf.training.checkpointing import load_checkpoint, open_output_dir, save_checkpoint
 from softvq_hf.training.dataloader import (
     build_dataloader,
@@ -58,70 +57,13 @@ from softvq_hf.training.optimization import (
     step_optimizers,
 )
 from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
-from softvq_hf.training.randomness import BatchGenerators, batch_generators
+from softvq_hf.training.randomness import batch_generators
 from softvq_hf.training.state import TrainerState
+from softvq_hf.training.transformer import TransformerWithLoss, build_transformer
 from softvq_hf.training.validation import image_grid
 
 
 logger = get_logger(__name__)
-
-
-def build_transformer(
-    args: SiTTrainingArguments, latent_shape: tuple[int, ...], num_classes: int
-) -> DiTTransformer1DModel:
-    """A new transformer for latents of `latent_shape`, or a trained one that fits them."""
-    if args.pretrained_model_name_or_path is not None:
-        transformer = DiTTransformer1DModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="transformer"
-        )
-    else:
-        check_model_config(DiTTransformer1DModel, args.model)
-        from_latents = {"num_classes": num_classes}
-        if len(latent_shape) == 2:
-            from_latents["num_tokens"], in_channels = latent_shape
-        else:
-            in_channels, sample_size, _ = latent_shape
-            patch_size = args.model.get("patch_size", 2)
-            from_latents |= {"sample_size": sample_size, "patch_size": patch_size}
-            from_latents["num_tokens"] = (sample_size // patch_size) ** 2
-        if args.objective == "ddpm":
-            from_latents |= {"out_channels": 2 * in_channels, "timestep_scale": 1.0}
-        transformer = DiTTransformer1DModel(**{"in_channels": in_channels, **from_latents, **args.model})
-        transformer.initialize_weights()
-
-    config = transformer.config
-    names = ("in_channels", "sample_size", "sample_size") if transformer.is_2d else ("num_tokens", "in_channels")
-    expected_shape = tuple(config[name] for name in names)
-    if expected_shape != latent_shape:
-        raise ValueError(
-            f"The transformer takes latents of shape {expected_shape} ({', '.join(names)}), allowed: {latent_shape},"
-            " as the tokenizer makes them."
-        )
-    if args.objective == "flow_matching" and transformer.out_channels != config.in_channels:
-        raise ValueError(
-            f"`out_channels` is {transformer.out_channels}, allowed for a velocity: {config.in_channels}."
-        )
-    if args.objective == "ddpm" and config.timestep_scale != 1.0:
-        raise ValueError(
-            f"`timestep_scale` is {config.timestep_scale}, allowed with `--objective ddpm`: 1.0. A transformer that"
-            " predicts a velocity has another one."
-        )
-    if config.num_classes < num_classes:
-        raise ValueError(f"`num_classes` is {config.num_classes}, allowed: {num_classes}, as in the data, or more.")
-    if args.guidance_scale > 1 and config.class_dropout_prob == 0:
-        raise ValueError(
-            f"`--guidance_scale` is {args.guidance_scale}, allowed: 1 for a transformer without label dropout"
-            " (`class_dropout_prob` is 0)."
-        )
-    if args.repa_teacher is not None and args.repa_layer > config.num_layers:
-        raise ValueError(
-            f"`--repa_layer` is {args.repa_layer}, allowed: 1 to {config.num_layers}, the blocks there are."
-        )
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        transformer.compile_repeated_blocks()
-    return transformer
 
 
 def build_scheduler(args: SiTTrainingArguments, learned_variance: bool) -> SchedulerMixin:
@@ -144,74 +86,6 @@ def build_pipeline(
     elif args.sampler == "ddim":
         scheduler = DDIMScheduler(beta_schedule=args.beta_schedule, clip_sample=False)
     return SoftVQPipeline(vae=vae, transformer=transformer, scheduler=scheduler, id2label=id2label)
-
-
-class TransformerWithLoss(nn.Module):
-    """
-    The transformer, its objective and, for REPA, the projection of its hidden states: one module for one optimizer.
-
-    Args:
-        args (`SiTTrainingArguments`): The objective.
-        transformer ([`DiTTransformer1DModel`]): The transformer, which alone is averaged and saved.
-        scheduler (`SchedulerMixin`): How noise is mixed into the latents.
-        teacher_hidden_size (`int`, *optional*): Channels of the teacher's tokens, with REPA.
-    """
-
-    def __init__(
-        self,
-        args: SiTTrainingArguments,
-        transformer: DiTTransformer1DModel,
-        scheduler: SchedulerMixin,
-        teacher_hidden_size: int | None,
-    ) -> None:
-        super().__init__()
-        self.args = args
-        self.transformer = transformer
-        self.scheduler = scheduler
-        self.alignment = None
-        if teacher_hidden_size is not None:
-            hidden_size = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-            self.alignment = AlignmentLoss(hidden_size, teacher_hidden_size, args.repa_hidden_size, args.repa_mode)
-
-    def forward(
-        self,
-        latents: torch.Tensor,
-        class_labels: torch.Tensor,
-        generators: BatchGenerators,
-        teacher_tokens: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """The loss and its terms by name, averaged over the batch, for normalised latents. Draws from `generators`."""
-        args, device = self.args, latents.device
-        noise = generators.randn(*latents.shape[1:]).to(device)
-        options = {}
-        if self.transformer.config.class_dropout_prob > 0:
-            dropped = generators.rand() < self.transformer.config.class_dropout_prob
-            options["force_drop_ids"] = dropped.to(device)
-        if self.alignment is not None:
-            options["hidden_states_layer"] = args.repa_layer
-        outputs = []
-
-        def transformer(*inputs, **conditions) -> Transformer1DModelOutput:
-            outputs.append(self.transformer(*inputs, **conditions))
-            return outputs[-1]
-
-        if args.objective == "flow_matching":
-            times = generators.rand()
-            if args.weighting == "lognormal":
-                times = lognormal_times(generators.randn(), args.path_type)
-            times = times.to(device)
-            losses = {
-                "loss": flow_matching_loss(transformer, self.scheduler, latents, class_labels, times, noise, **options)
-            }
-        else:
-            timesteps = generators.randint(self.scheduler.config.num_train_timesteps).to(device)
-            losses = diffusion_loss(transformer, self.scheduler, latents, class_labels, timesteps, noise, **options)
-        losses = {name: value.mean() for name, value in losses.items()}
-        if self.alignment is not None:
-            hidden_states = outputs[0].hidden_states
-            losses["alignment"] = self.alignment(hidden_states, teacher_tokens, generators.shared)
-            losses["loss"] = losses["loss"] + args.repa_weight * losses["alignment"]
-        return losses
 
 
 def main(args: SiTTrainingArguments) -> None:

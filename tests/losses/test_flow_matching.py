@@ -115,6 +115,15 @@ def test_times_follow_the_generator_alone(weighting):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "lognormal"])
+def test_times_of_one_generator_per_sample(weighting):
+    times = sample_flow_times(3, weighting, "linear", [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)])
+    one_by_one = [sample_flow_times(1, weighting, "linear", torch.Generator().manual_seed(seed)) for seed in (7, 8, 9)]
+    assert torch.equal(times, torch.cat(one_by_one)) and len(times.unique()) == 3
+    with pytest.raises(ValueError, match="`generator` has 2 entries, allowed: 3"):
+        sample_flow_times(3, weighting, "linear", [torch.Generator(), torch.Generator()])
+
+
 def test_perfect_prediction_has_no_loss(tiny_inputs):
     velocity = tiny_inputs["noise"] - tiny_inputs["latents"]
 

@@ -80,7 +80,8 @@ def assert_same_losses(metrics: list[dict], others: list[dict], tolerance: float
     assert [line.keys() for line in metrics] == [line.keys() for line in others] and metrics
     for line, other in zip(metrics, others, strict=True):
         for name, value in line.items():
-            assert other[name] == pytest.approx(value, rel=tolerance, abs=tolerance * 1e-2), f"{line['step']} {name}"
+            expected = None if value is None else pytest.approx(value, rel=tolerance, abs=tolerance * 1e-2)
+            assert other[name] == expected, f"{line['step']} {name}"
 
 
 def model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -142,6 +143,44 @@ def test_fsdp2_trains_saves_resumes_and_exports(script, request, run_main, launc
         assert_same_weights(state, other, tolerance=0)
     averages, others = (load_file(run / "checkpoint-4" / "ema.safetensors") for run in (sharded, resumed))
     assert_same_weights(averages, others, tolerance=0)
+
+
+BREAK_LOSS = """
+import os, runpy, sys
+import torch
+original, calls = torch.nn.functional.mse_loss, []
+
+def broken(*args, **kwargs):
+    calls.append(None)
+    return original(*args, **kwargs) * (torch.nan if len(calls) == 4 and os.environ["RANK"] == "1" else 1)
+
+torch.nn.functional.mse_loss = broken
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_fsdp2_leaves_out_an_update_that_is_not_finite(softvq_flags, launch_with_config, tmp_path, read_metrics):
+    """The second of two accumulated batches is broken on one process: FSDP2 goes on as DDP does."""
+    (tmp_path / "break_loss.py").write_text(BREAK_LOSS)
+    flags = [*softvq_flags, "--gradient_accumulation_steps=2", "--consistency_weight=0", "--train_batch_size=2"]
+    script = str(ROOT / "training" / "train_softvq.py")
+    for config in ("multi_gpu", "fsdp2"):
+        launch_with_config(config, tmp_path / "break_loss", script, *flags, f"--output_dir={tmp_path / config}")
+    metrics, others = read_metrics(tmp_path / "multi_gpu"), read_metrics(tmp_path / "fsdp2")
+    assert [line["step"] for line in others if line["loss"] is None] == [2]
+    assert_same_losses(metrics, others, tolerance=1e-4)
+    weights, others = (
+        AutoencoderSoftVQ.from_pretrained(tmp_path / config).state_dict() for config in ("multi_gpu", "fsdp2")
+    )
+    assert_same_weights(weights, others, tolerance=1e-4)
+
+    # the discriminator's optimizer had taken no step when the checkpoint was written
+    shutil.copytree(tmp_path / "fsdp2", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    flags += [f"--output_dir={tmp_path / 'resumed'}", "--resume_from_checkpoint=latest"]
+    launch_with_config("fsdp2", "train_softvq", *flags)
+    assert read_metrics(tmp_path / "resumed") == read_metrics(tmp_path / "fsdp2")
 
 
 def test_averaged_model_gives_the_weights_back(accelerator_states):

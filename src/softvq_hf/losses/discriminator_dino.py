@@ -142,9 +142,7 @@ class DINODiscriminator(nn.Module):
             logits = []
             for head, index in zip(self.heads, (0, *(depth + 1 for depth in self.depths)), strict=True):
                 class_token, patches = hidden_states[index][:, :1], hidden_states[index][:, 1:]
-                # Sharded training may hold the heads in another dtype than the backbone.
-                tokens = (patches + class_token).transpose(1, 2).to(head.conv_out.bias.dtype)
-                logits.append(head(tokens))
+                logits.append(head((patches + class_token).transpose(1, 2)))
         return torch.cat(logits, dim=1)
 
     def crop_or_resize(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

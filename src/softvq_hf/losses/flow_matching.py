@@ -34,7 +34,7 @@ def sample_flow_times(
     batch_size: int,
     weighting: str,
     path_type: str,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Draws one training time per sample.
@@ -45,7 +45,7 @@ def sample_flow_times(
         batch_size (`int`): Number of times, at least 1.
         weighting (`str`): "uniform" (on [0, 1)) or "lognormal" (see [`lognormal_times`]).
         path_type (`str`): "linear" or "cosine"; only the log-normal density depends on it.
-        generator (`torch.Generator`, *optional*):
+        generator (`torch.Generator` or a list of one per sample, *optional*):
             Source of the draws, which are made on its device (CPU without one), so that the times of a step do not
             depend on `device`.
         device (`torch.device` or `str`, *optional*): Where the times are returned; by default where they are drawn.
@@ -60,6 +60,10 @@ def sample_flow_times(
         raise ValueError(f"`batch_size` is {batch_size}, allowed: 1 or more.")
     if path_type not in ("linear", "cosine"):
         raise ValueError(f"`path_type` is {path_type!r}, allowed: 'linear', 'cosine'.")
+    if isinstance(generator, list):
+        if len(generator) != batch_size:
+            raise ValueError(f"`generator` has {len(generator)} entries, allowed: {batch_size}, one per sample.")
+        return torch.cat([sample_flow_times(1, weighting, path_type, one, device) for one in generator])
     draw_device = generator.device if generator is not None else "cpu"
     if weighting == "uniform":
         times = torch.rand(batch_size, generator=generator, device=draw_device, dtype=torch.float32)

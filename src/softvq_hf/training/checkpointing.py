@@ -302,7 +302,9 @@ def save_checkpoint(
             clean_up(output_dir)
             partial.mkdir(parents=True)
     with _all_or_none(accelerator, final, partial):
+        unstepped = _unstepped_optimizers(accelerator)
         accelerator.save_state(partial)
+        _forget_steps(accelerator, unstepped)
         torch.save(state.process_state_dict(), partial / f"process-{accelerator.process_index}.pt")
         if accelerator.is_main_process:
             for name, module in (buffers or {}).items():
@@ -319,6 +321,7 @@ def save_checkpoint(
             trainer_state = {
                 "trainer": state.state_dict(),
                 "lr_schedulers": [scheduler.state_dict() for scheduler in lr_schedulers],
+                "unstepped_optimizers": unstepped,
                 "buffers": sorted(buffers or {}),
                 "arguments_class": type(args).__name__,
                 "arguments": args.to_dict(),
@@ -394,6 +397,18 @@ def _sharding(accelerator: Accelerator) -> str | None:
     return None
 
 
+def _unstepped_optimizers(accelerator: Accelerator) -> list[int]:
+    """Positions of the optimizers that have taken no step yet, as a discriminator's that starts later."""
+    return [i for i, optimizer in enumerate(accelerator._optimizers) if not optimizer.state]
+
+
+def _forget_steps(accelerator: Accelerator, positions: Sequence[int]) -> None:
+    """Undo that FSDP2, in saving and loading, steps an optimizer without state with zeros, which Adam would count."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for position in positions:
+            accelerator._optimizers[position].state.clear()
+
+
 def load_checkpoint(
     accelerator: Accelerator,
     path: str | Path,
@@ -463,6 +478,7 @@ def _load_parts(
     lr_schedulers: Sequence[LRScheduler],
 ) -> None:
     accelerator.load_state(path)
+    _forget_steps(accelerator, trainer_state.get("unstepped_optimizers", []))
     for scheduler, scheduler_state in zip(lr_schedulers, trainer_state["lr_schedulers"], strict=True):
         scheduler.load_state_dict(scheduler_state)
     for name, module in buffers.items():
