@@ -16,19 +16,21 @@ install_requires = [
     "datasets>=5.2",  # images from the Hub, image folders and parquet; the sharded latent cache
     "pyarrow>=26",  # shards of cached latents
     "peft>=0.21",  # LoRA adapters through diffusers' PeftAdapterMixin
-    "evaluate>=0.4.6",  # metric modules, saving of results
+    "evaluate>=0.4.6",  # the interface of the metrics, loading them by path
     "huggingface_hub>=2.4",  # downloads, push_to_hub, model cards
     "safetensors>=0.8",  # the only weight format that is written
     "numpy>=2.4",  # image arrays, sigma grids
     "pillow>=13",  # image decoding, ADM crops
-    "lpips>=0.1.4",  # perceptual loss
-    "torchmetrics>=1.9",  # PSNR during validation
+    "lpips>=0.1.4",  # perceptual loss and metric
+    "torchmetrics>=1.9",  # PSNR, SSIM
+    "torch-fidelity>=0.4.0",  # the Inception network of the published protocol; FID, IS, KID, precision and recall
+    "scikit-learn>=1.9",  # projections of latents to two dimensions
     "scikit-image>=0.26",  # the photographs of the quickstart, inside its wheel
     "tensorboard>=2.21",  # the default tracker
     "psutil>=7.2",  # memory of a training process on the CPU
-    "matplotlib>=3.11",  # the quickstart's curves and labelled grids
+    "matplotlib>=3.11",  # the quickstart's curves and labelled grids, pictures of latents
     "tqdm>=4.70",  # progress bars
-    "jinja2>=3.1",  # model card templates
+    "jinja2>=3.1",  # templates of model cards and reports
     "pyyaml>=6.0",  # --config file.yaml
 ]
 
@@ -82,6 +84,7 @@ setup(
     package_data={
         "softvq_hf": ["py.typed"],
         "softvq_hf.conversion": ["*.yaml"],
+        "softvq_hf.evaluation": ["templates/*.html"],
         "softvq_hf.training": ["templates/*.md"],
     },
     entry_points={"console_scripts": ["softvq-hf=softvq_hf.cli:main"]},

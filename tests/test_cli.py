@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from softvq_hf import AutoencoderSoftVQ
-from softvq_hf.cli import build_parser, main
+from softvq_hf.cli import build_parser, main, parse_command
 from softvq_hf.conversion.published_models import load_published_models, published_models_table
 from softvq_hf.training.convert import convert_pretrained
 
@@ -57,7 +58,10 @@ def test_commands_of_documents_are_understood():
             commands += re.findall(r"^softvq-hf (.*)$", block.replace("\\\n", " "), re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
-        build_parser().parse_args(shlex.split(command, comments=True))
+        try:
+            parse_command(shlex.split(command, comments=True))
+        except ValueError as error:
+            assert "that exists" in str(error), command  # files that documents name need not be here
 
 
 def test_info(capsys):
@@ -98,12 +102,92 @@ def test_errors_are_one_line(source, tmp_path, capsys, arguments, message):
         (["convert", "x"], "the following arguments are required: --output_dir"),
         (["convert", "x", "--output_dir", "y", "--system", "mar"], "invalid choice: 'mar' (choose from"),
         (["convert", "x", "--output_dir", "y", "--path_type", "linear", "--detect_path"], "not allowed with argument"),
+        (["convert", "x", "--output_dir", "y", "--seed", "0"], "unrecognized arguments: --seed 0"),
+        (["info", "models"], "unrecognized arguments: models"),
+        (["evaluate"], "the following arguments are required: TASK"),
+        (["evaluate", "speed"], "invalid choice: 'speed' (choose from"),
+        (["evaluate", "reconstruction"], "the following arguments are required: --dataset, --model"),
+        (["evaluate", "reference", "--dataset", "x", "--resolution", "a"], "--resolution: invalid int value: 'a'"),
     ],
 )
 def test_usage_errors(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["evaluate reconstruction", "evaluate generation", "evaluate reference", "inspect"])
+def test_help_of_evaluations(capsys, task):
+    with pytest.raises(SystemExit) as exit_:
+        main([*task.split(), "--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and f"usage: softvq-hf {task} " in out and "--output_" in out
+
+
+def test_arguments_of_an_evaluation_come_from_a_file(tmp_path):
+    config = {
+        "model": "someone/softvq",
+        "dataset": "photographs",
+        "feature_extractor": ["dinov2", "x"],
+        "batch_size": 4,
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    words = ["evaluate", "reconstruction", "--config", str(tmp_path / "config.yaml"), "--batch_size", "8"]
+    command, args = parse_command(words)
+    assert command == "evaluate reconstruction"
+    assert (args.model, args.feature_extractor, args.batch_size) == ("someone/softvq", ["dinov2", "x"], 8)
+    (tmp_path / "config.yaml").write_text(json.dumps({**config, "model": {"sample_size": 32}}))
+    with pytest.raises(ValueError, match="gives a mapping for `model`, it needs a single value"):
+        parse_command(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reconstruction", "--model", "./nowhere", "--dataset", "photographs"], "error: "),
+        (["reconstruction", "--model", "x", "--dataset", "x", "--bad"], "error: Unknown arguments: --bad."),
+        (["reconstruction", "--model", "x", "--dataset", "x", "--batch_size", "0"], "error: `--batch_size` is 0"),
+        (["reference", "--dataset", "x", "--resolution", "8", "--output_file", "x.json"], "ends in .npz"),
+    ],
+)
+def test_errors_of_evaluations_are_one_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *arguments])
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_evaluations_are_imported_by_their_commands_only():
+    code = (
+        "import sys; from softvq_hf.cli import main; main(['info']);"
+        " print([name for name in sys.modules if name.startswith('softvq_hf.evaluation')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def accelerate_on_cpu(monkeypatch):
+    """Lets the command make an accelerator of its own."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_evaluation_prints_its_figures(accelerate_on_cpu, tmp_path, capsys):
+    config = {"encoder_patch_size": 8, "decoder_patch_size": 8, "num_latent_tokens": 4, "latent_channels": 4}
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
+    config |= {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in sizes.items()}
+    AutoencoderSoftVQ(sample_size=32, quantizer="none", **config).save_pretrained(tmp_path / "tokenizer")
+    words = ["--model", tmp_path / "tokenizer", "--dataset", "photographs", "--max_samples", 4, "--lpips", "none"]
+    main(["evaluate", "reconstruction", *map(str, words), "--feature_extractor", "none"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["metrics"].keys() == {"psnr", "ssim"} and printed["protocol"].startswith(
+        "4 images, ADM centre crop"
+    )
 
 
 def test_a_mistake_of_the_program_is_not_hidden(source, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ import yaml
 from softvq_hf import AutoencoderSoftVQ, DiTTransformer1DModel, SoftVQPipeline, StochasticInterpolantScheduler
 from softvq_hf.cli import build_parser
 from softvq_hf.data import load_image_dataset
+from softvq_hf.evaluation.generation import GenerationArguments
+from softvq_hf.evaluation.inspection import InspectionArguments
+from softvq_hf.evaluation.reconstruction import ReconstructionArguments
+from softvq_hf.evaluation.reference import ReferenceArguments
 from softvq_hf.training.arguments import parse_args
 from softvq_hf.training.hub import export_pipeline
 
@@ -41,17 +46,19 @@ def shown_commands():
                 yield pytest.param(shlex.split(line.strip()), id=f"{document.name}: {' '.join(line.split())[:70]}")
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
+def load_script(name, folder="training"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses look their types up there
     spec.loader.exec_module(module)
     return module
 
 
 def arguments_of(script):
-    """The dataclass of arguments that a script takes: of those it knows the most derived one."""
+    """The dataclass of arguments that a script takes: its own, or of those it knows the most derived one."""
     known = [value for name, value in vars(script).items() if name.endswith("Arguments")]
-    return max(known, key=lambda arguments: len(arguments.__mro__))
+    own = [arguments for arguments in known if arguments.__module__ == script.__name__]
+    return max(own or known, key=lambda arguments: len(arguments.__mro__))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def after_quickstart(tmp_path_factory):
     """A folder as the repository is after `make quickstart`, but with tiny untrained models."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("repository")
-    for name in ("pipelines", "training"):
+    for name in ("pipelines", "src", "training"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "my-images").mkdir()
 
@@ -111,7 +118,7 @@ def test_shown_commands_are_understood(command, after_quickstart, monkeypatch):
     script = next(word for word in command if word.endswith(".py"))
     if "--config_file" in command:
         assert yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text())
-    module = load_script(Path(script).stem)
+    module = load_script(Path(script).stem, Path(script).parent)
     args = parse_args(arguments_of(module), command[command.index(script) + 1 :])
     assert args.output_dir.startswith("outputs/")
 
@@ -121,8 +128,13 @@ def test_flags_in_text_exist():
     known |= {"nproc_per_node", "signals"}  # of torchrun
     known |= {"gpus", "open", "requeue", "signal", "time"}  # of sbatch
     known |= {"kills"}  # of benchmarks/crash_test.py
-    for name in ("train_softvq", "cache_latents", "train_sit"):
-        known |= {field.name for field in dataclasses.fields(arguments_of(load_script(name)))}
+    scripts = [load_script(name) for name in ("train_softvq", "cache_latents", "train_sit", "linear_probe")]
+    benchmarks = ("tiny_classifier", "metric_behaviour", "published_figures")
+    scripts += [load_script(name, "benchmarks") for name in benchmarks]
+    dataclasses_of_arguments = [arguments_of(script) for script in scripts]
+    dataclasses_of_arguments += [ReconstructionArguments, GenerationArguments, ReferenceArguments, InspectionArguments]
+    for arguments in dataclasses_of_arguments:
+        known |= {field.name for field in dataclasses.fields(arguments)}
     known |= set(vars(build_parser().parse_args(["convert", "source", "--output_dir", "folder"])))
     for document in DOCUMENTS:
         shown = set(re.findall(r"(?<![\w-])--([a-z]\w*)", document.read_text()))

@@ -28,7 +28,7 @@ from softvq_hf.data import collate_images, load_image_dataset
 from softvq_hf.data.latents import (
     METADATA_FILE,
     TOKENIZER_FOLDER,
-    LatentStatistics,
+    LatentMoments,
     read_metadata,
     read_shard_metadata,
     shard_path,
@@ -213,7 +213,7 @@ def main(args: CacheLatentsArguments) -> None:
 
     # 3. The statistics, and the tokenizer that carries them
     if accelerator.is_main_process:
-        statistics, unreadable = LatentStatistics(), []
+        statistics, unreadable = LatentMoments(), []
         for path in paths:
             shard_statistics, shard_unreadable = read_shard_metadata(path)
             statistics = statistics.merge(shard_statistics)

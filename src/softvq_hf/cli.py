@@ -1,30 +1,50 @@
-"""The command `softvq-hf`: convert official checkpoints, and list the published ones.
+"""The command `softvq-hf`: convert official checkpoints and list the published ones, evaluate models, look at latents.
 
     softvq-hf convert SoftVQVAE/sit-xl_softvq-bl-64 --tokenizer SoftVQVAE/softvq-bl-64 --output_dir sit-xl_softvq-bl-64
     softvq-hf info
+    softvq-hf evaluate reconstruction --model softvq-bl-64 --dataset ILSVRC/imagenet-1k --output_file result.json
+    softvq-hf evaluate generation --pipeline sit-xl_softvq-bl-64 --output_dir samples --reference imagenet.npz
+    softvq-hf evaluate reference --dataset ILSVRC/imagenet-1k --split train --resolution 256 --output_file imagenet.npz
+    softvq-hf inspect --model softvq-bl-64 --dataset ILSVRC/imagenet-1k --output_dir report
 
-`softvq-hf convert --help` lists the options, which are the arguments of [`convert_pretrained`].
+`--help` after a command lists its options. Those of `convert` are the arguments of [`convert_pretrained`]; those of
+`evaluate` and `inspect` are the fields of a dataclass of arguments, and `--config file.yaml` takes them from a file.
+With several processes: `accelerate launch -m softvq_hf.cli evaluate ...`.
 """
 
 import argparse
+import json
 import logging
 import sys
+from typing import Any
 
+from accelerate import PartialState
 from safetensors import SafetensorError
 
 from softvq_hf.conversion.published_models import published_models_table
 from softvq_hf.data import UnreadableImagesError
+from softvq_hf.training.arguments import parse_args
 from softvq_hf.training.convert import BETA_SCHEDULES, GENERATORS, TOKENIZERS, convert_pretrained
 from softvq_hf.training.path_detection import PATH_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; the options of `convert` bear the names of the arguments of [`convert_pretrained`]."""
+    """
+    The parser. The options of `convert` bear the names of the arguments of [`convert_pretrained`]; those of `evaluate`
+    and `inspect` are left to [`parse_command`].
+    """
     parser = argparse.ArgumentParser(
         prog="softvq-hf", description="Image tokenizers and the generators on top of them."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="list the published models", description="List the published models.")
+
+    evaluate = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
+    tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
+    tasks.add_parser("reconstruction", add_help=False, help="what a tokenizer keeps of images: PSNR, rFID and so on")
+    tasks.add_parser("generation", add_help=False, help="images of a pipeline against real ones: gFID and so on")
+    tasks.add_parser("reference", add_help=False, help="statistics of real images for 'generation', as .npz")
+    commands.add_parser("inspect", add_help=False, help="pictures of a tokenizer's latent space, as PNG and HTML")
 
     convert = commands.add_parser(
         "convert",
@@ -58,6 +78,73 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_command(argv: list[str] | None = None) -> tuple[str, Any]:
+    """
+    What a command line asks for. Of the modules that evaluate, only that of the command is imported.
+
+    Args:
+        argv (`list[str]`, *optional*): The arguments; by default those of the process.
+
+    Returns:
+        `tuple`: the command, such as "evaluate reconstruction", and its arguments: a dataclass for "evaluate ..." and
+        "inspect", otherwise a namespace.
+
+    Raises:
+        ValueError: As [`~softvq_hf.training.arguments.parse_args`].
+        SystemExit: As argparse does.
+    """
+    parser = build_parser()
+    options, words = parser.parse_known_args(argv)
+    command = f"evaluate {options.task}" if options.command == "evaluate" else options.command
+    if command == "evaluate reconstruction":
+        from softvq_hf.evaluation.reconstruction import ReconstructionArguments as Arguments
+    elif command == "evaluate generation":
+        from softvq_hf.evaluation.generation import GenerationArguments as Arguments
+    elif command == "evaluate reference":
+        from softvq_hf.evaluation.reference import ReferenceArguments as Arguments
+    elif command == "inspect":
+        from softvq_hf.evaluation.inspection import InspectionArguments as Arguments
+    elif words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    else:
+        return command, options
+    return command, parse_args(Arguments, words, prog=f"{parser.prog} {command}")
+
+
+def run(command: str, args: Any) -> None:
+    """Run a command and print what came of it; `command` and `args` are those of [`parse_command`]."""
+    if command == "info":
+        print(published_models_table())
+    elif command == "convert":
+        converted = convert_pretrained(**{name: value for name, value in vars(args).items() if name != "command"})
+        print(f"{type(converted).__name__} written to {args.output_dir}")
+    elif command == "evaluate reconstruction":
+        from softvq_hf.evaluation.reconstruction import evaluate_reconstruction
+
+        print_figures(evaluate_reconstruction(args))
+    elif command == "evaluate generation":
+        from softvq_hf.evaluation.generation import evaluate_generation
+
+        print_figures(evaluate_generation(args))
+    elif command == "evaluate reference":
+        from softvq_hf.evaluation.reference import make_reference
+
+        reference = make_reference(args)
+        if PartialState().is_main_process:
+            print(f"Reference of {reference.num_images} images written to {args.output_file}")
+    elif command == "inspect":
+        from softvq_hf.evaluation.inspection import inspect_tokenizer
+
+        print(f"Report written to {inspect_tokenizer(args)}")
+
+
+def print_figures(result: dict[str, Any]) -> None:
+    """Protocol, figures and notes of an evaluation as JSON, once for all processes."""
+    if PartialState().is_main_process:
+        summary = {"protocol": result["protocol"]["name"], "metrics": result["metrics"], "notes": result["notes"]}
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+
+
 def main(argv: list[str] | None = None) -> None:
     """
     Run the command. What a user can put right ends it with one line, `error: ...`, and exit code 2.
@@ -65,19 +152,13 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (`list[str]`, *optional*): The arguments; by default those of the process.
     """
-    options = vars(build_parser().parse_args(argv))
-    if options.pop("command") == "info":
-        print(published_models_table())
-        return
-
     logging.basicConfig(format="%(message)s")
     logging.getLogger("softvq_hf").setLevel(logging.INFO)
     try:
-        converted = convert_pretrained(**options)
+        run(*parse_command(argv))
     except (OSError, SafetensorError, UnreadableImagesError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    print(f"{type(converted).__name__} written to {options['output_dir']}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ TOKENIZER = {
 ARGUMENTS = {
     "train_softvq": "SoftVQTrainingArguments",
     "cache_latents": "CacheLatentsArguments",
+    "linear_probe": "LinearProbeArguments",
     "train_sit": "SiTTrainingArguments",
 }
 TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}

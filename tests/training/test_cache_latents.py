@@ -13,7 +13,7 @@ import torch
 
 from softvq_hf.data import load_cached_latents, load_image_dataset
 from softvq_hf.data.latents import (
-    LatentStatistics,
+    LatentMoments,
     read_metadata,
     read_shard_metadata,
     shard_path,
@@ -273,14 +273,14 @@ def test_data_of_unknown_origin_is_not_added_to(run_script, tmp_path):
 def test_statistics_merge_like_the_whole():
     generator = np.random.default_rng(0)
     parts = [generator.normal(1000.0, 0.01, size).astype(np.float32) for size in ((5, 3, 2), (40, 3, 2), (1, 3, 2))]
-    merged = LatentStatistics()
+    merged = LatentMoments()
     for part in parts:
-        merged = merged.merge(LatentStatistics.of(part))
+        merged = merged.merge(LatentMoments.of(part))
     values = np.concatenate(parts).astype(np.float64)
     assert merged.count == values.size
     assert merged.mean == pytest.approx(values.mean(), rel=1e-14)
     assert merged.std == pytest.approx(values.std(), rel=1e-9)
-    assert merged.merge(LatentStatistics()) == merged
+    assert merged.merge(LatentMoments()) == merged
 
 
 def test_fingerprint_sees_weights_and_configuration_but_not_statistics(tokenizer_config, tmp_path):

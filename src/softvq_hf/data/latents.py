@@ -32,7 +32,7 @@ SHARD_METADATA = b"softvq_hf"
 
 
 @dataclass
-class LatentStatistics:
+class LatentMoments:
     """
     Mean and variance of numbers that come in parts, in float64. Parts are merged by the formula of Chan et al. (1979),
     which does not lose digits where the mean is large beside the deviation.
@@ -48,20 +48,20 @@ class LatentStatistics:
     squares: float = 0.0
 
     @classmethod
-    def of(cls, latents: np.ndarray) -> "LatentStatistics":
+    def of(cls, latents: np.ndarray) -> "LatentMoments":
         """Statistics of all entries of an array."""
         values = latents.astype(np.float64)
         mean = float(values.mean())
         return cls(values.size, mean, float(((values - mean) ** 2).sum()))
 
-    def merge(self, other: "LatentStatistics") -> "LatentStatistics":
+    def merge(self, other: "LatentMoments") -> "LatentMoments":
         """Statistics of the numbers of both."""
         count = self.count + other.count
         if count == 0:
-            return LatentStatistics()
+            return LatentMoments()
         difference = other.mean - self.mean
         mean = self.mean + difference * other.count / count
-        return LatentStatistics(
+        return LatentMoments(
             count, mean, self.squares + other.squares + difference**2 * self.count * other.count / count
         )
 
@@ -137,9 +137,7 @@ def write_latent_shard(
         label=datasets.ClassLabel(names=[id2label[i] for i in range(len(id2label))]),
         image_id=datasets.Value("string"),
     )
-    statistics = (
-        LatentStatistics.of(latent).merge(LatentStatistics.of(latent_flip)) if len(latent) else LatentStatistics()
-    )
+    statistics = LatentMoments.of(latent).merge(LatentMoments.of(latent_flip)) if len(latent) else LatentMoments()
     metadata = json.dumps({"statistics": asdict(statistics), "unreadable": unreadable}).encode()
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, SHARD_METADATA: metadata})
@@ -168,11 +166,11 @@ def _to_arrow(latent: np.ndarray, extension_type: pa.ExtensionType) -> pa.Extens
     return pa.ExtensionArray.from_storage(extension_type, nested.cast(extension_type.storage_type))
 
 
-def read_shard_metadata(path: Path) -> tuple[LatentStatistics, list[str]]:
+def read_shard_metadata(path: Path) -> tuple[LatentMoments, list[str]]:
     """The statistics of a shard, and the images that it left out."""
     with pa.memory_map(str(path)) as file:
         metadata = json.loads(pa.ipc.open_stream(file).schema.metadata[SHARD_METADATA])
-    return LatentStatistics(**metadata["statistics"]), metadata["unreadable"]
+    return LatentMoments(**metadata["statistics"]), metadata["unreadable"]
 
 
 def read_metadata(latents_dir: str | Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Arguments of the training scripts: dataclasses filled from `--config file.yaml` and the command line.
 
 A YAML file holds the arguments of one run under the names of the flags; flags given on the command line win. Its key
-`base` names another YAML file, relative to it, whose arguments are the defaults of this one. The `model` argument, the
-configuration of the model to train, is a mapping in YAML and a JSON object on the command line; it is merged over the
-mapping it replaces, key by key.
+`base` names another YAML file, relative to it, whose arguments are the defaults of this one. The `model` argument of
+a training script, the configuration of the model to train, is a mapping in YAML and a JSON object on the command line;
+it is merged over the mapping it replaces, key by key.
 """
 
 import argparse
@@ -293,15 +293,16 @@ class TrainingArguments(DataArguments):
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
 
 
-def parse_args(dataclass_type: type[T], argv: list[str] | None = None) -> T:
+def parse_args(dataclass_type: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
     """
     Fill a dataclass of arguments from `--config file.yaml` and the command line, which wins.
 
     Args:
-        dataclass_type (`type`): Dataclass whose fields are the arguments. A field named `model` (type
-            `dict | str | None`) is given as a mapping in YAML and as a JSON object on the command line; the object is
+        dataclass_type (`type`): Dataclass whose fields are the arguments. A field named `model` of the type
+            `dict | str | None` is given as a mapping in YAML and as a JSON object on the command line; the object is
             merged over the mapping.
         argv (`list[str]`, *optional*): Arguments, by default those of the process.
+        prog (`str`, *optional*): The command in its help and usage errors, by default the name of the script.
 
     Returns:
         An instance of `dataclass_type`.
@@ -315,12 +316,13 @@ def parse_args(dataclass_type: type[T], argv: list[str] | None = None) -> T:
     config_namespace, command_line = config_parser.parse_known_args(argv)
     config_path = config_namespace.config
 
-    parser = HfArgumentParser(dataclass_type, allow_abbrev=False)
+    parser = HfArgumentParser(dataclass_type, prog=prog, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of arguments; flags on the command line win.")
     config = {} if config_path is None else _read_yaml(config_path)
 
     known = {item.name for item in dataclasses.fields(dataclass_type)}
     types = get_type_hints(dataclass_type)
+    model_is_mapping = dict in get_args(types.get("model"))
     from_file, empty = [], {}
     for name, value in config.items():
         if name not in known:
@@ -332,7 +334,7 @@ def parse_args(dataclass_type: type[T], argv: list[str] | None = None) -> T:
                 raise ValueError(f"`--config` {config_path} leaves `{name}` empty, it needs a value.")
             empty[name] = None
         elif isinstance(value, dict):
-            if name != "model":
+            if not (name == "model" and model_is_mapping):
                 raise ValueError(f"`--config` {config_path} gives a mapping for `{name}`, it needs a single value.")
         elif isinstance(value, list):
             from_file += [f"--{name}", *map(str, value)]
@@ -347,7 +349,7 @@ def parse_args(dataclass_type: type[T], argv: list[str] | None = None) -> T:
         raise ValueError(f"Unknown arguments: {' '.join(unknown)}. `--help` lists the known ones.")
     values = vars(namespace)
     values.pop("config")
-    if "model" in known:
+    if model_is_mapping:
         values["model"] = _merge_model(config.get("model"), values["model"])
     return dataclass_type(**values)
 

@@ -388,6 +388,58 @@ def pipeline_card(pipeline: DiffusionPipeline, *, repo_id: str, **facts: Unpack[
     )
 
 
+def read_model_card(folder: str | Path, model: ModelMixin | DiffusionPipeline | None = None) -> ModelCard:
+    """
+    The model card of a local folder, or a new one where it has none.
+
+    Args:
+        folder (`str` or `Path`): The folder of a model or a pipeline.
+        model ([`~diffusers.ModelMixin`] or [`~diffusers.DiffusionPipeline`], *optional*): What the new card tells of.
+
+    Returns:
+        `ModelCard`: its `README.md`, or the card that [`export_model`] or [`export_pipeline`] would write.
+
+    Raises:
+        ValueError: If `folder` is not a folder, or has no `README.md` and the model no card of its own.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"`folder` is {str(folder)!r}, allowed for a model card: a local folder.")
+    if (folder / "README.md").is_file():
+        return ModelCard.load(folder / "README.md")
+    if model is None or _is_of_diffusers(model):
+        raise ValueError(f"`folder` is {str(folder)!r}, which has no README.md. Write one first.")
+    return _default_card(model, repo_id=str(folder))
+
+
+def update_model_index(
+    folder: str | Path, eval_results: Sequence[EvalResult], model: ModelMixin | DiffusionPipeline | None = None
+) -> None:
+    """
+    Put figures into the model-index of a folder's `README.md`. Each takes the place of an earlier one of the same
+    name, task, data set, configuration, split, revision and protocol (`protocol` in `metric_args`); everything else in
+    the card stays as it is.
+
+    Args:
+        folder (`str` or `Path`): The folder of a model or a pipeline.
+        eval_results (`Sequence` of `EvalResult`): The figures.
+        model ([`~diffusers.ModelMixin`] or [`~diffusers.DiffusionPipeline`], *optional*): As in [`read_model_card`].
+
+    Raises:
+        ValueError: As [`read_model_card`].
+    """
+
+    def measurement(result: EvalResult) -> tuple[Any, ...]:
+        return *result.unique_identifier, result.metric_type, (result.metric_args or {}).get("protocol")
+
+    card = read_model_card(folder, model)
+    replaced = set(map(measurement, eval_results))
+    kept = [result for result in card.data.eval_results or [] if measurement(result) not in replaced]
+    card.data.eval_results = [*kept, *eval_results]
+    card.data.model_name = card.data.model_name or Path(folder).resolve().name
+    card.save(Path(folder, "README.md"))
+
+
 def training_command(num_processes: int, mixed_precision: str, argv: Sequence[str] | None = None) -> str:
     """
     The `accelerate launch` line of this process for a model card, without the Hub token.

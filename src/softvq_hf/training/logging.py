@@ -177,7 +177,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
                     kept.append(line + "\n")
             except json.JSONDecodeError:
                 continue
-    _write_atomically(path, "".join(kept))
+    write_atomically(path, "".join(kept))
 
 
 def write_run_record(accelerator: Accelerator, args: TrainingArguments, state: TrainerState) -> None:
@@ -217,8 +217,8 @@ def write_run_record(accelerator: Accelerator, args: TrainingArguments, state: T
     }
     run_file = output_dir / RUN_FILE
     earlier = json.loads(run_file.read_text(encoding="utf-8")) if state.step > 0 and run_file.is_file() else []
-    _write_atomically(run_file, json.dumps([*earlier, start], indent=2) + "\n")
-    _write_atomically(output_dir / ARGUMENTS_FILE, yaml.safe_dump(args.to_dict(), sort_keys=False))
+    write_atomically(run_file, json.dumps([*earlier, start], indent=2) + "\n")
+    write_atomically(output_dir / ARGUMENTS_FILE, yaml.safe_dump(args.to_dict(), sort_keys=False))
 
 
 def library_versions() -> dict[str, str | None]:
@@ -252,8 +252,8 @@ def _git_revision(folder: Path) -> tuple[str | None, bool | None]:
     return revision.removesuffix("-dirty"), revision.endswith("-dirty")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Whoever reads `path` finds the old text or the new one, also after a crash."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision.utils import make_grid
 
+from softvq_hf.metrics.codebook_usage import codebook_statistics
+
 
 @torch.no_grad()
 def evaluate_reconstruction(
@@ -70,10 +72,8 @@ def evaluate_reconstruction(
         raise ValueError("No validation image could be read.")
     metrics = {"psnr": decibels / images}
     if quantizer in ("softvq", "vq"):
-        counts = accelerator.reduce(counts, "sum").double()
-        metrics["codebook_usage"] = (counts > 0).double().mean().item()
-        entropy = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
-        metrics["codebook_perplexity"] = entropy.exp().mean().item()
+        usage, perplexity = codebook_statistics(accelerator.reduce(counts, "sum"))
+        metrics |= {"codebook_usage": usage, "codebook_perplexity": perplexity.mean().item()}
     if quantizer == "softvq":
         metrics["max_probability"] = probabilities / images
     if not originals:  # all images lie with the other processes

@@ -1,0 +1,271 @@
+"""How good a generator is: `softvq-hf evaluate generation`.
+
+    accelerate launch -m softvq_hf.cli evaluate generation --pipeline outputs/sit_xl_softvq_l_64 --num_images 50000 \\
+        --guidance_scale 1.75 --num_inference_steps 250 --reference VIRTUAL_imagenet256_labeled.npz \\
+        --output_dir outputs/sit_xl_softvq_l_64_samples
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from tqdm.auto import tqdm
+
+from softvq_hf.evaluation.arguments import EvaluationArguments, EvaluationDataArguments
+from softvq_hf.evaluation.distribution import DistributionMetrics, name_figures
+from softvq_hf.evaluation.feature_extractors import load_feature_extractors
+from softvq_hf.evaluation.reference import Reference, build_dataset_reference, load_reference
+from softvq_hf.evaluation.result import build_result, check_output_file, update_model_card, write_result
+from softvq_hf.evaluation.samples import LABELS, NPZ_FILE, generate_samples
+from softvq_hf.metrics.features import FeatureExtractor
+from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+from softvq_hf.training.generator import get_image_size
+from softvq_hf.training.hub import read_model_card
+
+
+RESULT_FILE = "result.json"
+TASK = "class-conditional-image-generation"
+LONGEST_WAIT = timedelta(hours=6)  # for the slowest process, while others have no shard left to fill
+
+
+@dataclass(kw_only=True)
+class GenerationArguments(EvaluationArguments):
+    """Arguments of [`evaluate_generation`]. `__post_init__` raises `ValueError` for values that cannot work."""
+
+    pipeline: str = field(metadata={"help": "Generator with its tokenizer: a folder or Hub id of a pipeline."})
+    output_dir: str = field(
+        metadata={"help": "Folder for the images and the result. A run that was interrupted goes on there."}
+    )
+
+    # images
+    num_images: int = field(default=50_000, metadata={"help": "Images to generate."})
+    labels: str = field(
+        default="iid",
+        metadata={
+            "help": "Class labels: iid (each drawn uniformly, as in the official figures) or balanced (every class"
+            " equally often).",
+            "choices": list(LABELS),
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Image i depends on the seed and i alone."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; up to 1 there is none."})
+    guidance_interval: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Two times between which steps are guided; 1 is noise, 0 is data."},
+    )
+    num_inference_steps: int = field(default=250, metadata={"help": "Steps of the sampler."})
+    shard_size: int = field(default=256, metadata={"help": "Images per file; an interrupted process loses one file."})
+    save_npz: bool = field(
+        default=True, metadata={"help": f"Write {NPZ_FILE} with all images, for the evaluation scripts of ADM."}
+    )
+
+    # real images
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the images are compared with: an .npz file of `softvq-hf evaluate reference`, of images"
+            " (arr_0) or of (mu, sigma), or images as --dataset of the other evaluations takes them."
+        },
+    )
+    reference_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the Hub dataset --reference."}
+    )
+    reference_split: str = field(default="train", metadata={"help": "Split of the data set --reference."})
+    reference_revision: str | None = field(default=None, metadata={"help": "Revision of the Hub dataset --reference."})
+    reference_image_column: str = field(
+        default="image", metadata={"help": "Column of the images of the data set --reference."}
+    )
+    reference_max_samples: int | None = field(
+        default=None,
+        metadata={"help": "Use only this many images of the data set --reference, spread evenly over it."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps downloads."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Loader processes; 0 loads in the main one."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_images < 2:
+            raise ValueError(f"`--num_images` is {self.num_images}, allowed: integers from 2 on.")
+        if self.reference is None and self.feature_extractor != ["none"]:
+            raise ValueError(
+                f"`--reference` is None and `--feature_extractor` is {' '.join(self.feature_extractor)}, allowed: real"
+                " images, or `--feature_extractor none` to generate only."
+            )
+        if self.feature_extractor == ["none"] and (self.reference is not None or self.update_model_card):
+            raise ValueError(
+                "`--feature_extractor` is none, allowed without `--reference` and `--update_model_card` only: there"
+                " are no figures then."
+            )
+        if self.update_model_card and not Path(self.pipeline).is_dir():
+            raise ValueError(
+                f"`--pipeline` is {self.pipeline!r}, allowed with `--update_model_card`: a local folder that exists."
+            )
+
+    @property
+    def reference_is_file(self) -> bool:
+        """Whether `reference` is an `.npz` file, and not a data set."""
+        return self.reference is not None and self.reference.endswith(".npz")
+
+    def reference_data(self) -> EvaluationDataArguments:
+        """The data set `reference` as the other evaluations take it."""
+        return EvaluationDataArguments(
+            dataset=self.reference,
+            dataset_config_name=self.reference_config_name,
+            split=self.reference_split,
+            revision=self.reference_revision,
+            image_column=self.reference_image_column,
+            cache_dir=self.cache_dir,
+            max_samples=self.reference_max_samples,
+            dataloader_num_workers=self.dataloader_num_workers,
+        )
+
+
+def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
+    """
+    Generate images and measure how far they are from real ones. Collective: several processes share the work.
+
+    The reference is read or measured first, so that what is wrong with it is an error before anything is generated.
+    Then [`~softvq_hf.evaluation.samples.generate_samples`] fills `args.output_dir`, or what is missing there, and the
+    figures are taken from its files. With another feature network or reference, the same command takes new figures of
+    the same images.
+
+    Args:
+        args ([`GenerationArguments`]): The arguments.
+
+    Returns:
+        `dict`: the record, see [`~softvq_hf.evaluation.result.build_result`], the same on all processes. The main
+        process has written it to `args.output_file`, by default `result.json` in `args.output_dir`.
+
+    Raises:
+        ValueError: If an argument is not allowed, the reference was made by another protocol, `args.output_dir` holds
+            images of another plan, or the pipeline makes images that are not finite.
+        OSError: If the pipeline or the weights of a feature network are not there.
+    """
+    output_file = args.output_file or str(Path(args.output_dir, RESULT_FILE))
+    check_output_file(output_file)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it each of several CPU processes passes for the only one
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
+
+    # 1. The pipeline, the feature networks, and what they see in real images
+    with accelerator.main_process_first():  # which downloads
+        try:
+            pipeline = SoftVQPipeline.from_pretrained(args.pipeline, use_safetensors=True)
+        except OSError as error:
+            raise OSError(f"`--pipeline` is {args.pipeline!r}, which cannot be loaded: {error}") from error
+        extractors = load_feature_extractors(args, accelerator.device)
+    if args.update_model_card:
+        read_model_card(args.pipeline, pipeline)
+    height, width = get_image_size(pipeline.vae, pipeline.transformer)
+    if height != width:
+        raise ValueError(f"`--pipeline` makes images of {height} x {width} pixels, allowed: square ones.")
+    references = [read_reference(args, accelerator, extractor, resolution=height) for extractor in extractors]
+
+    # 2. The images
+    samples = generate_samples(
+        pipeline,
+        args.output_dir,
+        accelerator,
+        num_images=args.num_images,
+        labels=args.labels,
+        seed=args.seed,
+        guidance_scale=args.guidance_scale,
+        guidance_interval=tuple(args.guidance_interval),
+        num_inference_steps=args.num_inference_steps,
+        rounding=args.rounding,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+    )
+    pipeline.to("cpu")  # leaves the device to the feature networks
+    if args.save_npz and accelerator.is_main_process:
+        samples.write_npz()
+
+    # 3. The figures
+    distributions = [
+        DistributionMetrics(extractor, reference=reference)
+        for extractor, reference in zip(extractors, references, strict=True)
+    ]
+    if distributions:
+        own_shards = range(samples.num_shards)[accelerator.process_index :: accelerator.num_processes]
+        progress = tqdm(
+            total=sum(len(samples.indices(shard)) for shard in own_shards),
+            desc=f"figures (process 1 of {accelerator.num_processes})",
+            unit="image",
+            disable=not accelerator.is_main_process,
+        )
+        for indices, images in samples.batches(own_shards, args.batch_size):
+            for distribution in distributions:
+                distribution.add(predictions=images, indices=indices)
+            progress.update(len(images))
+        progress.close()
+    results = [distribution.compute() for distribution in distributions]
+
+    # 4. The record
+    result = build_result(
+        accelerator,
+        task=TASK,
+        model=args.pipeline,
+        dataset=describe_real_images(args, references),
+        metrics=name_figures(results, prefix="g"),
+        protocol={
+            "name": protocol_in_words(args, type(pipeline.scheduler).__name__),
+            **samples.plan,
+            "batch_size": args.batch_size,
+            "feature_extractors": {extractor.label: extractor.description() for extractor in extractors},
+            "num_references": {result["label"]: result["num_references"] for result in results},
+        },
+        notes=[
+            *(note for result in results for note in result["notes"]),
+            *(note for reference in references for note in reference.notes),
+        ],
+    )
+    if accelerator.is_main_process:
+        write_result(result, output_file)
+        if args.update_model_card:
+            update_model_card(args.pipeline, result, pipeline)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def read_reference(
+    args: GenerationArguments, accelerator: Accelerator, extractor: FeatureExtractor, resolution: int
+) -> Reference:
+    """The real images of `args` as one network sees them: read from an .npz file, or measured. Collective."""
+    if args.reference_is_file:
+        return load_reference(accelerator, args.reference, extractor, resolution, batch_size=args.batch_size)
+    return build_dataset_reference(
+        accelerator, args.reference_data(), extractor, resolution, batch_size=args.batch_size
+    )
+
+
+def describe_real_images(args: GenerationArguments, references: Sequence[Reference]) -> dict[str, Any]:
+    """Which real images these are, for the record: of a file what it says, or its name."""
+    unknown = {"name": None, "config_name": None, "split": None, "revision": None, "max_samples": None}
+    if not references:
+        return unknown
+    if not args.reference_is_file:
+        return args.reference_data().data_record()
+    protocol = references[0].protocol or {}
+    return {**unknown, "name": Path(args.reference).name, **(protocol.get("dataset") or {})}
+
+
+def protocol_in_words(args: GenerationArguments, scheduler: str) -> str:
+    """One line that tells this protocol from others."""
+    guidance = "no guidance"
+    if args.guidance_scale > 1:
+        low, high = args.guidance_interval
+        guidance = f"guidance {args.guidance_scale:g}" + (
+            "" if (low, high) == (0, 1) else f" from {low:g} to {high:g}"
+        )
+    rounding = "rounded" if args.rounding == "round" else "truncated"
+    precision = "" if args.mixed_precision == "no" else f", {args.mixed_precision}"
+    return (
+        f"{args.num_images} images, {args.labels} labels, {guidance}, {args.num_inference_steps} steps of {scheduler},"
+        f" {rounding} to 8 bits{precision}"
+    )

@@ -1,0 +1,387 @@
+"""Many images from a pipeline, for figures: each a function of seed and number alone, in files that an interrupted run
+adds to.
+
+    samples/
+        plan.json                       everything that the images depend on
+        images/00012-of-00196.npy       uint8 (images, height, width, 3)
+        samples.npz                     all of them as `arr_0` and their class labels as `arr_1`
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+from softvq_hf.data.latents import tokenizer_fingerprint
+from softvq_hf.evaluation.data import to_8_bit
+from softvq_hf.metrics.images import ROUNDINGS
+from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+from softvq_hf.training.arguments import check_output_dir
+from softvq_hf.training.generator import get_image_size
+
+
+logger = get_logger(__name__)
+
+LABELS = ("iid", "balanced")
+PLAN_FILE = "plan.json"
+NPZ_FILE = "samples.npz"
+
+
+def generate_samples(
+    pipeline: SoftVQPipeline,
+    output_dir: str | Path,
+    accelerator: Accelerator,
+    *,
+    num_images: int,
+    labels: str = "iid",
+    seed: int = 0,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    num_inference_steps: int = 50,
+    rounding: str = "round",
+    batch_size: int = 32,
+    shard_size: int = 256,
+) -> "SampleFolder":
+    """
+    Fill a folder with images of a pipeline. Collective: every process calls it.
+
+    The noise of image i and its class label depend on `seed` and i alone. Images are divided into shards of
+    `shard_size`, whatever the number of processes; processes take turns at the shards that are missing, and no batch
+    crosses the border of a shard. A shard appears when it is finished, so an interrupted run goes on by the same call,
+    with as many processes as you like, and loses at most one unfinished shard for each process. The images are
+    bit-equal then, and for every number of processes. Another `batch_size`, another device or another version of torch
+    may round a number differently inside of the networks: with other batches on a CPU in float32, at most 3 of 100,000
+    pixel values differed, by one grey level.
+
+    Mixed precision is that of `accelerator`. It is for the transformer: the state of the sampler is float32, and the
+    decoder runs in the dtype of its weights.
+
+    Args:
+        pipeline ([`SoftVQPipeline`]): The pipeline; it is moved to the device of `accelerator`.
+        output_dir (`str` or `Path`): The folder; it is made if needed.
+        accelerator (`Accelerator`): Device, processes and mixed precision.
+        num_images (`int`): How many images, from 1 on.
+        labels (`str`, *optional*, defaults to `"iid"`): "iid" or "balanced", see [`draw_labels`].
+        seed (`int`, *optional*, defaults to 0): From 0 on.
+        guidance_scale (`float`), guidance_interval (`tuple` of two `float`), num_inference_steps (`int`):
+            As in [`SoftVQPipeline.__call__`].
+        rounding (`str`, *optional*, defaults to `"round"`): To 8 bits, see [`~softvq_hf.metrics.images.to_uint8`].
+        batch_size (`int`, *optional*, defaults to 32): Images at a time on each process.
+        shard_size (`int`, *optional*, defaults to 256):
+            Images in a file, all of which are held in memory while it is made: 50 MB at 256 pixels.
+
+    Returns:
+        [`SampleFolder`]: complete on all processes.
+
+    Raises:
+        ValueError: If an argument is not allowed, the folder holds images that were made in another way (every
+            difference is named), or the pipeline makes an image that is not finite (which is named).
+    """
+    for name, value, lowest in (
+        ("num_images", num_images, 1),
+        ("seed", seed, 0),
+        ("batch_size", batch_size, 1),
+        ("shard_size", shard_size, 1),
+    ):
+        if value < lowest:
+            raise ValueError(f"`{name}` is {value}, allowed: integers from {lowest} on.")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"`rounding` is {rounding!r}, allowed: {', '.join(map(repr, ROUNDINGS))}.")
+    pipeline.check_inputs(1, guidance_scale, guidance_interval, num_inference_steps, None, None, "pt", [])
+
+    # 1. The plan: everything that the images depend on
+    height, width = get_image_size(pipeline.vae, pipeline.transformer)
+    plan = {
+        "num_images": num_images,
+        "num_classes": pipeline.transformer.config.num_classes,
+        "labels": labels,
+        "seed": seed,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": list(guidance_interval),
+        "num_inference_steps": num_inference_steps,
+        "mixed_precision": accelerator.mixed_precision,
+        "rounding": rounding,
+        "height": height,
+        "width": width,
+        "shard_size": shard_size,
+        "pipeline": pipeline_fingerprint(pipeline),
+    }
+    samples = SampleFolder(output_dir, plan)
+    check_output_dir(str(output_dir))
+    check_plan(output_dir, plan)
+    missing = [shard for shard in range(samples.num_shards) if not samples.path(shard).is_file()]
+    accelerator.wait_for_everyone()  # everyone has seen the same state of the folder
+    if accelerator.is_main_process:
+        write_plan(output_dir, plan)
+    accelerator.wait_for_everyone()  # no shard without it
+    logger.info(
+        f"{num_images} images in {samples.num_shards} shards, {samples.num_shards - len(missing)} of them are there"
+        " already"
+    )
+
+    # 2. The images
+    own_shards = missing[accelerator.process_index :: accelerator.num_processes]
+    pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    progress = tqdm(
+        total=sum(len(samples.indices(shard)) for shard in own_shards),
+        desc=f"samples (process 1 of {accelerator.num_processes})",
+        unit="image",
+        disable=not accelerator.is_main_process,
+    )
+    for shard in own_shards:
+        indices = samples.indices(shard)
+        shard_images = np.empty((len(indices), height, width, 3), np.uint8)
+        for first in range(0, len(indices), batch_size):
+            batch = indices[first : first + batch_size]
+            with accelerator.autocast():
+                latents = pipeline(
+                    samples.class_labels[batch],
+                    guidance_scale=guidance_scale,
+                    guidance_interval=tuple(guidance_interval),
+                    num_inference_steps=num_inference_steps,
+                    generator=[image_generator(seed, index) for index in batch],
+                    output_type="latent",
+                ).images
+            check_finite(latents, batch, samples)
+            with torch.no_grad():
+                pixel_values = pipeline.decode_latents(latents)
+            check_finite(pixel_values, batch, samples)
+            images = to_8_bit(pixel_values, rounding)
+            shard_images[first : first + len(batch)] = images.permute(0, 2, 3, 1).cpu().numpy()
+            progress.update(len(batch))
+        samples.write(shard, shard_images)
+    progress.close()
+    accelerator.wait_for_everyone()
+    return samples
+
+
+def draw_labels(labels: str, num_images: int, num_classes: int, seed: int) -> np.ndarray:
+    """
+    The class labels of images to generate.
+
+    Args:
+        labels (`str`):
+            "iid": each label is drawn uniformly from all classes, independently of the others. It depends on `seed`
+            and the number of the image only, not on `num_images`. Or "balanced": every class `num_images /
+            num_classes` times, rounded down, or up for the first classes where the division leaves a rest, in random
+            order.
+        num_images (`int`), num_classes (`int`): How many.
+        seed (`int`): From 0 on.
+
+    Returns:
+        `np.ndarray` of shape `(num_images,)`: int64.
+
+    Raises:
+        ValueError: If `labels` is unknown.
+    """
+    if labels not in LABELS:
+        raise ValueError(f"`labels` is {labels!r}, allowed: {', '.join(map(repr, LABELS))}.")
+    random = np.random.default_rng(seed)
+    if labels == "iid":
+        return random.integers(num_classes, size=num_images)
+    return random.permutation(np.arange(num_images) % num_classes)
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """
+    The source of all noise of one image.
+
+    torch's generators on the CPU have 2^32 streams, of which two out of 50,000 drawn at random would be the same with
+    a probability of 25 %. So the images of one seed take neighbouring streams, from one that the seed picks.
+
+    Args:
+        seed (`int`): From 0 on.
+        index (`int`): Number of the image, from 0 on.
+
+    Returns:
+        `torch.Generator`: on the CPU, whatever the device of the pipeline.
+    """
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator().manual_seed((first + index) % 2**32)
+
+
+def check_finite(values: torch.Tensor, indices: Sequence[int], samples: "SampleFolder") -> None:
+    """
+    Stop at latents or images of a pipeline that has diverged, or whose numbers do not fit into its dtype.
+
+    Raises:
+        ValueError: If a number is NaN or infinite; it names the images.
+    """
+    broken = [index for index, value in zip(indices, values, strict=True) if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            "The pipeline makes images that are not finite (NaN or infinite): with `seed`"
+            f" {samples.plan['seed']} the images {', '.join(map(str, broken))}, of the classes"
+            f" {', '.join(map(str, samples.class_labels[broken].tolist()))}."
+        )
+
+
+def pipeline_fingerprint(pipeline: SoftVQPipeline) -> dict[str, Any]:
+    """SHA-256 of the models with their configuration, and the configuration of the scheduler, as JSON has them."""
+    scheduler = json.loads(pipeline.scheduler.to_json_string())
+    return {
+        "transformer": tokenizer_fingerprint(pipeline.transformer),
+        "vae": tokenizer_fingerprint(pipeline.vae),
+        "scaling_factor": pipeline.vae.config.scaling_factor,
+        "shift_factor": pipeline.vae.config.shift_factor,
+        "scheduler": {
+            name: value for name, value in scheduler.items() if name == "_class_name" or not name.startswith("_")
+        },
+    }
+
+
+def check_plan(output_dir: str | Path, plan: dict[str, Any]) -> None:
+    """
+    Refuse to mix: what `output_dir` holds already must have been made by the same plan.
+
+    Raises:
+        ValueError: If it has another plan (every difference is named), or images without one.
+    """
+    path = Path(output_dir, PLAN_FILE)
+    if not path.is_file():
+        if any(Path(output_dir, "images").glob("*.npy")):
+            raise ValueError(
+                f"`output_dir` is {str(output_dir)!r}, which has images but no {PLAN_FILE} that says how they were"
+                " made. Use another folder."
+            )
+        return
+    found = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    wanted = _flatten(json.loads(json.dumps(plan)))
+    differences = [
+        f"`{name}` is {found.get(name, 'not given')} there and {wanted.get(name, 'not given')} here"
+        for name in {**found, **wanted}
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"`output_dir` is {str(output_dir)!r}, which holds images of another plan: {'; '.join(differences)}. Use"
+            " the same arguments, or another folder."
+        )
+
+
+def _flatten(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names."""
+    flat = {}
+    for name, value in plan.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def write_plan(output_dir: str | Path, plan: dict[str, Any]) -> None:
+    """Write `plan.json`, at once or not at all."""
+    path = Path(output_dir, PLAN_FILE)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+class SampleFolder:
+    """
+    Generated images in shards of fixed size, on disk.
+
+    Args:
+        output_dir (`str` or `Path`): The folder.
+        plan (`dict`): What they depend on, as in `plan.json`.
+
+    Attributes:
+        plan (`dict`): As above.
+        num_images (`int`): Images in all.
+        num_shards (`int`): Files that they are in.
+        class_labels (`np.ndarray` of shape `(num_images,)`): Their labels, int64.
+    """
+
+    def __init__(self, output_dir: str | Path, plan: dict[str, Any]):
+        self.output_dir = Path(output_dir)
+        self.plan = plan
+        self.num_images = plan["num_images"]
+        self.num_shards = -(-self.num_images // plan["shard_size"])
+        self.class_labels = draw_labels(plan["labels"], self.num_images, plan["num_classes"], plan["seed"])
+
+    def path(self, shard: int) -> Path:
+        """Where shard number `shard` lies."""
+        return self.output_dir / "images" / f"{shard:05d}-of-{self.num_shards:05d}.npy"
+
+    def indices(self, shard: int) -> range:
+        """The numbers of its images."""
+        shard_size = self.plan["shard_size"]
+        return range(self.num_images)[shard * shard_size : (shard + 1) * shard_size]
+
+    def write(self, shard: int, images: np.ndarray) -> None:
+        """Write a shard, uint8 of shape `(images, height, width, 3)`, at once or not at all."""
+        path = self.path(shard)
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            np.save(file, images)
+        os.replace(unfinished, path)
+
+    def read(self, shard: int) -> np.ndarray:
+        """
+        A shard, mapped into memory.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = self.path(shard)
+        shape = (len(self.indices(shard)), self.plan["height"], self.plan["width"], 3)
+        try:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}. Delete it; the same command makes it anew.") from error
+        if images.dtype != np.uint8 or images.shape != shape:
+            raise ValueError(
+                f"{path} holds {images.dtype} of shape {images.shape} in place of uint8 of shape {shape}. Delete it;"
+                " the same command makes it anew."
+            )
+        return images
+
+    def batches(self, shards: Sequence[int], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        The images of some shards.
+
+        Args:
+            shards (`Sequence[int]`): Numbers of the shards.
+            batch_size (`int`): Images at a time; no batch crosses the border of a shard.
+
+        Yields:
+            `tuple` of `torch.Tensor`: the numbers of the images `(B,)`, int64, and the images `(B, 3, height, width)`,
+            uint8.
+        """
+        for shard in shards:
+            indices, images = torch.tensor(self.indices(shard)), self.read(shard)
+            for first in range(0, len(images), batch_size):
+                batch = torch.from_numpy(np.array(images[first : first + batch_size]))  # a copy: the file is read-only
+                yield indices[first : first + batch_size], batch.permute(0, 3, 1, 2)
+
+    def write_npz(self) -> Path:
+        """
+        All images in one file, as the evaluation scripts of ADM (arXiv 2105.05233) take them, at once or not at all.
+        One shard is in memory at a time. The file is as large as all shards together: 9.8 GB for 50,000 images of 256
+        pixels.
+
+        Returns:
+            `Path`: of the file. `np.load` reads `arr_0`, uint8 of shape `(num_images, height, width, 3)`, and `arr_1`,
+            the labels.
+        """
+        path = self.output_dir / NPZ_FILE
+        unfinished = path.with_suffix(".unfinished")
+        shape = (self.num_images, self.plan["height"], self.plan["width"], 3)
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for shard in tqdm(range(self.num_shards), desc=NPZ_FILE, unit="shard"):
+                    member.write(self.read(shard))
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, self.class_labels)
+        os.replace(unfinished, path)
+        return path

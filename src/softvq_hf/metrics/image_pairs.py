@@ -1,0 +1,76 @@
+"""What PSNR, SSIM and LPIPS share: a number per pair of images, averaged over the pairs."""
+
+from abc import abstractmethod
+from typing import Any
+
+import datasets
+import torch
+
+from softvq_hf.metrics.images import ImageRange, check_images, check_rounding
+from softvq_hf.metrics.mean import MeanAccumulator
+from softvq_hf.metrics.streaming import Accumulator, StreamingMetric
+
+
+# What `evaluate` tells of the inputs. Images are taken as they come, not encoded.
+FEATURES = datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()})
+INPUTS_DESCRIPTION = """
+predictions: Images, such as reconstructions: a tensor or an array of shape (B, 3, H, W), uint8 in [0, 255], or
+    floating point in [0, 1], which is rounded to 8 bits; an array of shape (B, H, W, 3), uint8; or a list of images.
+references: Images of the same shape, such as the originals.
+"""
+
+
+class ImagePairMetric(StreamingMetric):
+    """
+    The mean of a number per pair of images. A metric sets `key` and implements `_info` and `measure`.
+
+    Memory does not grow with the number of images: a sum in float64, a count and the brightest value of either side.
+
+    Args:
+        rounding (`str`, *optional*, defaults to `"round"`):
+            How floating point images become 8-bit ones, which all are before they are measured: see
+            [`~softvq_hf.metrics.images.to_uint8`].
+        kwargs: As in [`StreamingMetric`].
+
+    Attributes:
+        key (`str`): Name of the number in the result.
+
+    Raises:
+        ValueError: If `rounding` is unknown.
+    """
+
+    key: str
+
+    def __init__(self, rounding: str = "round", **kwargs: Any) -> None:
+        check_rounding(rounding)
+        self.rounding = rounding
+        super().__init__(**kwargs)
+
+    @abstractmethod
+    def measure(self, predictions: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        """One number per pair, `(B,)`, of uint8 images `(B, 3, H, W)` on the same device."""
+
+    def new_accumulators(self) -> dict[str, Accumulator]:
+        return {
+            "mean": MeanAccumulator(),
+            "predictions": ImageRange("predictions"),
+            "references": ImageRange("references"),
+        }
+
+    def update(self, predictions: Any, references: Any) -> None:
+        predictions = check_images(predictions, "predictions", self.rounding)
+        references = check_images(references, "references", self.rounding)
+        if predictions.shape != references.shape:
+            raise ValueError(
+                f"`predictions` has shape {tuple(predictions.shape)}, allowed: that of `references`, "
+                f"{tuple(references.shape)}."
+            )
+        values = self.measure(predictions, references.to(predictions.device))
+        self.accumulators["mean"].update(values)
+        self.accumulators["predictions"].update(predictions)
+        self.accumulators["references"].update(references)
+
+    def result(self, accumulators: dict[str, Accumulator]) -> dict[str, Any]:
+        accumulators["predictions"].check()
+        accumulators["references"].check()
+        return {self.key: accumulators["mean"].mean(), "num_images": accumulators["mean"].count}

@@ -1,0 +1,242 @@
+"""PSNR, SSIM and LPIPS against other implementations of them, and in their limits."""
+
+import math
+
+import lpips
+import numpy as np
+import pytest
+import skimage.data
+import skimage.metrics
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torchvision.models import alexnet, vgg16
+
+from softvq_hf.metrics import LPIPS, PSNR, SSIM, FeatureWeightsUnavailable
+from softvq_hf.metrics.mean import MeanAccumulator
+
+
+@pytest.fixture(scope="module")
+def photographs() -> torch.Tensor:
+    """Six crops of photographs, 48 x 64 pixels."""
+    photograph = torch.from_numpy(np.array(skimage.data.astronaut())).permute(2, 0, 1)
+    return torch.stack([photograph[:, 64 * i : 64 * i + 48, 40 * i : 40 * i + 64] for i in range(6)])
+
+
+@pytest.fixture(scope="module")
+def distorted(photographs) -> torch.Tensor:
+    """Each of the photographs with more noise and blur than the one before."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(photographs.shape, generator=generator) * torch.arange(1, 7).view(6, 1, 1, 1) * 6
+    blurred = F.avg_pool2d(photographs.float(), 3, stride=1, padding=1, count_include_pad=False)
+    return (blurred + noise).clamp(0, 255).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def trunks(tmp_path_factory) -> dict[str, str]:
+    """Random weights of VGG16 (without its classifier) and AlexNet in torchvision's names."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("trunks")
+    with torch.device("meta"):
+        networks = {"vgg": vgg16(), "alex": alexnet()}
+    for net, network in networks.items():
+        weights = {
+            name: torch.randn(tensor.shape) / math.sqrt(max(tensor[0].numel(), 1))
+            for name, tensor in network.state_dict().items()
+            if name.startswith("features.")
+        }
+        torch.save(weights, folder / f"{net}.pth")
+    return {net: str(folder / f"{net}.pth") for net in networks}
+
+
+def compute(metric, predictions, references, batch_size: int = 6) -> dict:
+    for batch in zip(predictions.split(batch_size), references.split(batch_size), strict=True):
+        metric.add_batch(predictions=batch[0], references=batch[1])
+    return metric.compute()
+
+
+def test_psnr_agrees_with_scikit_image(photographs, distorted):
+    expected = [
+        skimage.metrics.peak_signal_noise_ratio(image.numpy(), other.numpy(), data_range=255)
+        for image, other in zip(photographs, distorted, strict=True)
+    ]
+    assert max(expected) - min(expected) > 5
+    result = compute(PSNR(), distorted, photographs)
+    assert result == {"psnr": pytest.approx(np.mean(expected), rel=1e-6), "num_images": 6}
+
+
+def test_psnr_of_a_known_error():
+    references = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
+    assert compute(PSNR(), references + 51, references)["psnr"] == pytest.approx(20 * math.log10(5))
+
+
+def test_ssim_agrees_with_scikit_image(photographs, distorted):
+    expected = [
+        skimage.metrics.structural_similarity(
+            image.permute(1, 2, 0).numpy(),
+            other.permute(1, 2, 0).numpy(),
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
+            channel_axis=2,
+        )
+        for image, other in zip(photographs, distorted, strict=True)
+    ]
+    assert max(expected) - min(expected) > 0.1
+    result = compute(SSIM(), distorted, photographs)
+    assert result == {"ssim": pytest.approx(np.mean(expected), abs=2e-5), "num_images": 6}  # float32
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_lpips_agrees_with_its_library(net, trunks, photographs, distorted):
+    library = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)  # with the learned layers of its wheel
+    trunk = torch.load(trunks[net], weights_only=True)
+    for name, weight in library.net.named_parameters():  # slice1.0.weight is features.0.weight
+        weight.copy_(trunk["features." + name.split(".", 1)[1]])
+    with torch.no_grad():
+        expected = library(distorted / 255, photographs / 255, normalize=True)
+    metric = LPIPS(net, weights_path=trunks[net])
+    assert metric.network.training is False
+    result = compute(metric, distorted, photographs)
+    assert result == {"lpips": pytest.approx(expected.mean().item(), rel=1e-4), "num_images": 6}
+
+
+def test_lpips_reads_safetensors(trunks, tmp_path, photographs, distorted):
+    save_file(torch.load(trunks["alex"], weights_only=True), tmp_path / "alex.safetensors")
+    results = [
+        compute(LPIPS("alex", weights_path=path), distorted, photographs)
+        for path in (trunks["alex"], str(tmp_path / "alex.safetensors"))
+    ]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("key", ["psnr", "ssim", "lpips"])
+def test_batch_size_does_not_count(key, trunks, photographs, distorted):
+    build = {"psnr": PSNR, "ssim": SSIM, "lpips": lambda: LPIPS("alex", weights_path=trunks["alex"])}[key]
+    together, again, split = (compute(build(), distorted, photographs, size)[key] for size in (6, 6, 4))
+    assert together == again
+    assert together == pytest.approx(split, rel=1e-6)
+
+
+def test_one_image_added_alone_counts_as_in_a_batch(photographs, distorted):
+    metric = PSNR()
+    for image, other in zip(photographs, distorted, strict=True):
+        metric.add(prediction=other, reference=image)
+    assert metric.compute() == compute(PSNR(), distorted, photographs)
+
+
+def test_identical_images_are_the_limits(photographs, trunks):
+    assert compute(PSNR(), photographs, photographs)["psnr"] == math.inf
+    assert compute(SSIM(), photographs, photographs)["ssim"] == pytest.approx(1, abs=1e-6)
+    assert compute(LPIPS("alex", weights_path=trunks["alex"]), photographs, photographs)["lpips"] == 0
+
+
+@pytest.mark.parametrize("metric_class", [PSNR, SSIM])
+def test_floating_point_images_are_measured_as_8_bit_ones(metric_class, photographs, distorted):
+    values = distorted / 255 + 0.9 / 255
+    expected = {
+        "truncate": compute(metric_class(), to_levels(values, "floor"), photographs),
+        "round": compute(metric_class(), to_levels(values, "round"), photographs),
+    }
+    assert expected["truncate"] != expected["round"]
+    for rounding, result in expected.items():
+        assert compute(metric_class(rounding=rounding), values.clamp(max=1), photographs / 255) == result
+
+
+def to_levels(values: torch.Tensor, operation: str) -> torch.Tensor:
+    return getattr(values.clamp(0, 1).mul(255), operation)().to(torch.uint8)
+
+
+def test_unknown_rounding_is_refused_at_once():
+    with pytest.raises(ValueError, match="`rounding` is 'nearest', allowed: 'round', 'truncate'"):
+        PSNR(rounding="nearest")
+
+
+def test_other_shape_is_refused_and_leaves_the_metric_as_it_was(photographs, distorted):
+    metric = PSNR()
+    metric.add_batch(predictions=distorted[:3], references=photographs[:3])
+    with pytest.raises(ValueError, match=r"`predictions` has shape \(2, .*allowed: that of `references`, \(3,"):
+        metric.add_batch(predictions=distorted[:2], references=photographs[:3])
+    with pytest.raises(ValueError, match="`references` is of type NoneType"):
+        metric.add_batch(predictions=distorted[:2])
+    metric.add_batch(predictions=distorted[3:], references=photographs[3:])
+    assert metric.compute() == compute(PSNR(), distorted, photographs)
+
+
+def test_nothing_added():
+    with pytest.raises(ValueError, match="No sample was added"):
+        PSNR().compute()
+
+
+def test_images_in_0_to_1_cast_to_8_bits_are_noticed(photographs):
+    metric = PSNR()
+    metric.add_batch(predictions=(photographs / 255).to(torch.uint8), references=photographs)
+    with pytest.raises(ValueError, match="`predictions` holds no value above 1 in any of 6 8-bit images"):
+        metric.compute()
+
+
+def test_images_smaller_than_the_window_of_ssim(photographs):
+    smallest = photographs[..., :11, :11]
+    assert compute(SSIM(), smallest, smallest)["ssim"] == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="images of 10 x 64 pixels, allowed: sides of 11 pixels"):
+        compute(SSIM(), photographs[..., :10, :], photographs[..., :10, :])
+
+
+@pytest.mark.parametrize(("net", "size"), [("vgg", 16), ("alex", 31)])
+def test_images_smaller_than_the_network_of_lpips(net, size, trunks, photographs):
+    metric = LPIPS(net, weights_path=trunks[net])
+    small = photographs[..., :size, :size]
+    assert compute(metric, small, small)["lpips"] == 0
+    with pytest.raises(ValueError, match=f"images of {size} x {size - 1} pixels, allowed for net='{net}'"):
+        compute(metric, small[..., :-1], small[..., :-1])
+
+
+def test_lpips_without_weights_says_what_to_place_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", refuse_connection)
+    with pytest.raises(FeatureWeightsUnavailable, match="LPIPS with net='vgg' needs vgg16-397923af.pth") as error:
+        LPIPS()
+    assert f"put it at {tmp_path / 'checkpoints' / 'vgg16-397923af.pth'}" in str(error.value)
+
+
+def refuse_connection(*args, **kwargs):
+    raise OSError("no network")
+
+
+def test_lpips_takes_weights_from_the_cache(tmp_path, monkeypatch, trunks, photographs):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").symlink_to(trunks["alex"])
+    assert compute(LPIPS("alex"), photographs, photographs)["lpips"] == 0
+
+
+def test_lpips_refuses_other_weights(tmp_path, trunks):
+    with pytest.raises(ValueError, match="`net` is 'squeeze', allowed: 'vgg', 'alex'"):
+        LPIPS("squeeze")
+    with pytest.raises(FileNotFoundError, match="`weights_path` is .*nowhere.pth"):
+        LPIPS("alex", weights_path=tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="lack features.12.bias"):
+        LPIPS("vgg", weights_path=trunks["alex"])
+    weights = torch.load(trunks["alex"], weights_only=True)
+    torch.save({**weights, "features.0.weight": torch.zeros(1)}, tmp_path / "shape.pth")
+    with pytest.raises(ValueError, match="(?s)are not those of 'alex': .*size mismatch"):
+        LPIPS("alex", weights_path=tmp_path / "shape.pth")
+    torch.save(lpips.LPIPS(net="alex", pnet_rand=True, verbose=False), tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="cannot be read"):
+        LPIPS("alex", weights_path=tmp_path / "code.pth")
+
+
+def test_making_lpips_draws_no_random_numbers(trunks):
+    state = torch.get_rng_state()
+    LPIPS("alex", weights_path=trunks["alex"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_means_merge():
+    first, second = MeanAccumulator(), MeanAccumulator()
+    first.update(torch.tensor([1.0, 2.0]))
+    second.update(torch.tensor([6.0]))
+    first.merge(second)
+    first.merge(MeanAccumulator())
+    assert (first.mean(), first.count) == (3, 3)
