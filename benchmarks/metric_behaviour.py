@@ -30,6 +30,7 @@ spatial ones, 1.5 kB with benchmarks/tiny_classifier.py.
 import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -335,6 +336,7 @@ def main(args: MetricBehaviourArguments) -> int:
         "feature_extractor": {"label": extractor.label, **extractor.description()},
         "arguments": asdict(args),
         "versions": library_versions(),
+        "cpus": os.cpu_count(),
         "seconds": time.perf_counter() - started,
         "command": sys.argv,
     }

@@ -15,7 +15,7 @@ Each image is decoded once and kept as 8 bits in memory: 12.3 kB at 64 px, 0.61 
 
 import json
 import logging
-import platform
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -201,7 +201,7 @@ def main(args: TinyClassifierArguments) -> dict[str, object]:
         "num_parameters": model.num_parameters(),
         "seconds": time.perf_counter() - started,
         "device": str(accelerator.device),
-        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
         "arguments": asdict(args),
         "versions": library_versions(),
         "command": sys.argv,

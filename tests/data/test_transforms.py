@@ -1,11 +1,13 @@
 """Any image becomes RGB the right way, ADM's crops cut where they should, and pixels land in [-1, 1]."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from softvq_hf.data.images import decode_image
 from softvq_hf.data.transforms import (
@@ -129,6 +131,16 @@ def test_center_crop_takes_the_centre():
     columns = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
     crop = adm_center_crop(PIL.Image.fromarray(columns).convert("RGB"), 100)
     np.testing.assert_array_equal(np.array(crop)[..., 0], columns[:, 50:150])
+
+
+ADM_CROPS = load_file(Path(__file__).parents[1] / "fixtures/adm_center_crop.safetensors")
+
+
+@pytest.mark.parametrize("name", [key.removeprefix("input.") for key in ADM_CROPS if key.startswith("input.")])
+def test_center_crop_is_the_stored_reference(name):
+    """Computed in float64 from the definition of the crop, by other code."""
+    crop = adm_center_crop(PIL.Image.fromarray(ADM_CROPS[f"input.{name}"]), 32)
+    np.testing.assert_array_equal(np.array(crop), ADM_CROPS[f"output.{name}"])
 
 
 def test_random_crop_draws_its_scale_and_place():
