@@ -1,6 +1,6 @@
-"""Train a small image classifier in minutes: features for Fréchet distances where Inception is not at hand.
+"""Train a small image classifier: features for Fréchet distances where Inception is not at hand.
 
-    python benchmarks/tiny_classifier.py --dataset_name path/to/tiny-imagenet --output_dir outputs/tiny_classifier
+    python benchmarks/tiny_classifier.py --dataset path/to/tiny-imagenet --output_dir outputs/tiny_classifier
 
 A ResNet (arXiv 1512.03385) of four blocks with two convolutions each, from 32 to 256 channels, learns the classes of
 the training split at 64 px; `result.json` has its top-1 accuracy on the validation split. `--output_dir` holds the
@@ -18,21 +18,22 @@ import logging
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from softvq_hf.data import collate_images, load_image_dataset
-from softvq_hf.metrics.images import to_uint8
-from softvq_hf.training.arguments import DataArguments, check_output_dir, parse_args
+from softvq_hf.data import collate_images
+from softvq_hf.evaluation.accelerator import build_accelerator
+from softvq_hf.evaluation.arguments import EvaluationDataArguments
+from softvq_hf.evaluation.data import to_8_bit
+from softvq_hf.training.arguments import check_output_dir, parse_args
 from softvq_hf.training.logging import library_versions
 
 
@@ -40,10 +41,11 @@ logger = logging.getLogger("tiny_classifier")
 
 
 @dataclass(kw_only=True)
-class TinyClassifierArguments(DataArguments):
+class TinyClassifierArguments(EvaluationDataArguments):
     """Arguments of this script besides those on where the images are."""
 
     output_dir: str = field(metadata={"help": "Folder for the model, its image processor and result.json."})
+    split: str = field(default="train", metadata={"help": "Split to learn from."})
     validation_split: str = field(default="validation", metadata={"help": "Split that tells the accuracy."})
     label_column: str = field(default="label", metadata={"help": "Column of the class labels."})
     max_validation_samples: int | None = field(
@@ -61,8 +63,10 @@ class TinyClassifierArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data_source is None:
-            raise ValueError("Neither `--dataset_name` nor `--train_data_dir` is given, one of them is needed.")
+        if self.max_validation_samples is not None and self.max_validation_samples < 1:
+            raise ValueError(
+                f"`--max_validation_samples` is {self.max_validation_samples}, allowed: integers from 1 on."
+            )
         if self.resolution < 32:
             raise ValueError(f"`--resolution` is {self.resolution}, allowed: integers from 32 on.")
         for name in ("num_train_epochs", "batch_size"):
@@ -72,29 +76,15 @@ class TinyClassifierArguments(DataArguments):
             raise ValueError(f"`--learning_rate` is {self.learning_rate}, allowed: numbers above 0.")
 
 
-def load_split(
-    args: TinyClassifierArguments, split: str, max_samples: int | None
-) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-    """Centre crops of a split, `(N, 3, R, R)` uint8, their labels, `(N,)` int64, and the names of the classes."""
-    dataset = load_image_dataset(
-        args.data_source,
-        split=split,
-        resolution=args.resolution,
-        train=False,
-        config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        cache_dir=args.cache_dir,
-        revision=args.revision,
-        max_samples=max_samples,
-        max_unreadable_fraction=args.max_unreadable_fraction,
-    )
+def load_images(args: TinyClassifierArguments) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+    """Centre crops of `args.split`, `(N, 3, R, R)` uint8, their labels, `(N,)` int64, and the names of the classes."""
+    dataset = args.load_dataset(args.resolution, label_column=args.label_column)
     dataloader = DataLoader(
         dataset, batch_size=256, collate_fn=collate_images, num_workers=args.dataloader_num_workers
     )
     images, labels = [], []
-    for batch in tqdm(dataloader, desc=split, unit="batch"):
-        images.append(to_uint8(batch["pixel_values"] / 2 + 0.5))
+    for batch in tqdm(dataloader, desc=args.split, unit="batch"):
+        images.append(to_8_bit(batch["pixel_values"], "round"))
         labels.append(batch["class_labels"])
     return torch.cat(images), torch.cat(labels), dataset.id2label
 
@@ -121,18 +111,18 @@ def main(args: TinyClassifierArguments) -> dict[str, object]:
     """Train, measure, save; returns what is in result.json."""
     check_output_dir(args.output_dir)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = build_accelerator(args.mixed_precision)
     set_seed(args.seed)
 
     # 1. The images, and the model with its processor
-    images, labels, id2label = load_split(args, args.train_split, args.max_train_samples)
-    validation_images, validation_labels, validation_id2label = load_split(
-        args, args.validation_split, args.max_validation_samples
+    images, labels, id2label = load_images(args)
+    validation_images, validation_labels, validation_id2label = load_images(
+        replace(args, split=args.validation_split, max_samples=args.max_validation_samples)
     )
     if validation_id2label != id2label:
         raise ValueError(
-            f"`--validation_split` is {args.validation_split!r}, whose classes are not those of `--train_split`"
-            f" {args.train_split!r}."
+            f"`--validation_split` is {args.validation_split!r}, whose classes are not those of `--split`"
+            f" {args.split!r}."
         )
     model = ResNetForImageClassification(
         ResNetConfig(

@@ -1,5 +1,6 @@
 """The command `softvq-hf`, in this process and in its own."""
 
+import importlib
 import inspect
 import json
 import os
@@ -15,7 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from softvq_hf import AutoencoderSoftVQ
-from softvq_hf.cli import build_parser, main, parse_command
+from softvq_hf.cli import EVALUATIONS, build_parser, main, parse_command
 from softvq_hf.conversion.published_models import load_published_models, published_models_table
 from softvq_hf.training.convert import convert_pretrained
 
@@ -122,6 +123,12 @@ def test_help_of_evaluations(capsys, task):
         main([*task.split(), "--help"])
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and f"usage: softvq-hf {task} " in out and "--output_" in out
+
+
+def test_evaluations_are_there():
+    for module, arguments, function in EVALUATIONS.values():
+        annotations = inspect.get_annotations(getattr(importlib.import_module(module), function))
+        assert annotations["args"] is getattr(importlib.import_module(module), arguments)
 
 
 def test_arguments_of_an_evaluation_come_from_a_file(tmp_path):

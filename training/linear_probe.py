@@ -19,7 +19,7 @@ that decides them.
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, gather_object
+from accelerate.utils import DataLoaderConfiguration
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from softvq_hf.data import LatentDataset, load_cached_latents
 from softvq_hf.data.latents import read_metadata
+from softvq_hf.evaluation.accelerator import build_accelerator, merge_over_processes
 from softvq_hf.evaluation.result import build_result, write_result
 from softvq_hf.metrics.latent_statistics import Moments
 from softvq_hf.training.arguments import check_output_dir, parse_args
@@ -42,6 +43,12 @@ from softvq_hf.training.dataloader import build_dataloader
 
 
 logger = get_logger(__name__)
+
+# What only one of the methods takes, in the order of the record.
+METHOD_ARGUMENTS = {
+    "linear": ("num_train_epochs", "lr_warmup_epochs", "learning_rate", "momentum", "seed"),
+    "knn": ("num_neighbors", "temperature"),
+}
 
 
 @dataclass(kw_only=True)
@@ -63,7 +70,6 @@ class LinearProbeArguments:
         default=1024, metadata={"help": "Latents per update, those of all processes together."}
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Loader processes; 0 loads in the main one."})
-    seed: int = field(default=0, metadata={"help": "Seed of the data order and of the choice of mirror images."})
 
     # linear
     num_train_epochs: int = field(default=90, metadata={"help": "Passes over the training latents."})
@@ -72,12 +78,11 @@ class LinearProbeArguments:
         default=0.1, metadata={"help": "Peak learning rate for 256 latents; times --global_batch_size / 256."}
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
+    seed: int = field(default=0, metadata={"help": "Seed of the data order and of the choice of mirror images."})
 
     # knn
-    num_neighbors: int = field(default=20, metadata={"help": "Neighbours that vote, with --method knn."})
-    temperature: float = field(
-        default=0.07, metadata={"help": "A vote counts exp(cosine similarity / temperature), with --method knn."}
-    )
+    num_neighbors: int = field(default=20, metadata={"help": "Neighbours that vote."})
+    temperature: float = field(default=0.07, metadata={"help": "A vote counts exp(cosine similarity / temperature)."})
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "num_train_epochs", "num_neighbors"):
@@ -95,6 +100,13 @@ class LinearProbeArguments:
             raise ValueError(
                 f"`--lr_warmup_epochs` is {self.lr_warmup_epochs}, allowed: up to `--num_train_epochs`,"
                 f" {self.num_train_epochs}."
+            )
+        other = "knn" if self.method == "linear" else "linear"
+        defaults = {argument.name: argument.default for argument in fields(self)}
+        unused = [f"`--{name}`" for name in METHOD_ARGUMENTS[other] if getattr(self, name) != defaults[name]]
+        if unused:
+            raise ValueError(
+                f"`--method` is {self.method!r}, which takes no {' and no '.join(unused)}; `--method {other}` does."
             )
 
 
@@ -128,11 +140,10 @@ def build_features(
     def pool(latents: torch.Tensor) -> torch.Tensor:
         return latents.mean(1) if pooling == "mean" else latents.flatten(1)
 
-    own, moments = Moments(), Moments()
+    moments = Moments()
     for batch in dataloader:
-        own.merge(Moments.of(pool(batch["latents"].cpu().double())))
-    for part in gather_object([own]):
-        moments.merge(part)
+        moments.merge(Moments.of(pool(batch["latents"].cpu().double())))
+    moments = merge_over_processes(moments)
     std = (moments.squares / moments.count).sqrt()
     mean = moments.mean.float().to(accelerator.device)
     std = torch.where(std > 0, std, 1.0).float().to(accelerator.device)
@@ -204,15 +215,16 @@ def count_votes(
         key_labels = batch["class_labels"].to(accelerator.device).expand(len(queries), -1)
         similarities, nearest = similarities.topk(min(args.num_neighbors, similarities.shape[1]), dim=1)
         class_labels = torch.cat([class_labels, key_labels], dim=1).gather(1, nearest)
-    votes = (similarities / args.temperature).softmax(1)
+    distances = similarities - similarities.amax(1, keepdim=True)  # else a low temperature would give infinite ones
+    votes = (distances / args.temperature).softmax(1)
     return torch.zeros(len(queries), dataset.num_classes, device=votes.device).scatter_add(1, class_labels, votes)
 
 
 def main(args: LinearProbeArguments) -> None:
     check_output_dir(args.output_dir)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # otherwise it takes each of several CPU processes for the only one
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, even_batches=False),
+    accelerator = build_accelerator()
+    accelerator.dataloader_config = DataLoaderConfiguration(
+        use_seedable_sampler=True, data_seed=args.seed, even_batches=False
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     if args.global_batch_size % accelerator.num_processes != 0:
@@ -257,6 +269,8 @@ def main(args: LinearProbeArguments) -> None:
         scores = train_classifier(args, accelerator, dataloader, features, queries.shape[1])(queries)
     else:
         scores = count_votes(args, accelerator, dataset, features, queries)
+    if not accelerator.gather(scores.isfinite().all()).all():
+        raise ValueError("Scores are not finite: the latents hold NaN or infinite numbers, or numbers too large.")
     rank = (scores >= scores.gather(1, class_labels[:, None])).sum(1)
     counts = torch.stack([(rank <= 1).sum(), (rank <= 5).sum(), torch.tensor(len(rank), device=rank.device)])
     top1, top5, num_images = accelerator.reduce(counts, "sum").tolist()
@@ -267,10 +281,10 @@ def main(args: LinearProbeArguments) -> None:
     # 4. The record
     if args.method == "linear":
         name = f"linear probe of latents, pooling {args.pooling}"
-        settings = ("num_train_epochs", "lr_warmup_epochs", "learning_rate", "momentum", "global_batch_size", "seed")
+        settings = (*METHOD_ARGUMENTS["linear"], "global_batch_size")
     else:
         name = f"{args.num_neighbors} nearest neighbours of latents, pooling {args.pooling}"
-        settings = ("num_neighbors", "temperature")
+        settings = METHOD_ARGUMENTS["knn"]
     result = build_result(
         accelerator,
         task="image-classification",

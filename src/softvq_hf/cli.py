@@ -13,6 +13,7 @@ With several processes: `accelerate launch -m softvq_hf.cli evaluate ...`.
 """
 
 import argparse
+import importlib
 import json
 import logging
 import sys
@@ -26,6 +27,20 @@ from softvq_hf.data import UnreadableImagesError
 from softvq_hf.training.arguments import parse_args
 from softvq_hf.training.convert import BETA_SCHEDULES, GENERATORS, TOKENIZERS, convert_pretrained
 from softvq_hf.training.path_detection import PATH_TYPES
+
+
+# Of each evaluation the module, its dataclass of arguments, and the function that takes them. A module is imported by
+# its own command only.
+EVALUATIONS = {
+    "evaluate reconstruction": (
+        "softvq_hf.evaluation.reconstruction",
+        "ReconstructionArguments",
+        "evaluate_reconstruction",
+    ),
+    "evaluate generation": ("softvq_hf.evaluation.generation", "GenerationArguments", "evaluate_generation"),
+    "evaluate reference": ("softvq_hf.evaluation.reference", "ReferenceArguments", "make_reference"),
+    "inspect": ("softvq_hf.evaluation.inspection", "InspectionArguments", "inspect_tokenizer"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,51 +111,33 @@ def parse_command(argv: list[str] | None = None) -> tuple[str, Any]:
     parser = build_parser()
     options, words = parser.parse_known_args(argv)
     command = f"evaluate {options.task}" if options.command == "evaluate" else options.command
-    if command == "evaluate reconstruction":
-        from softvq_hf.evaluation.reconstruction import ReconstructionArguments as Arguments
-    elif command == "evaluate generation":
-        from softvq_hf.evaluation.generation import GenerationArguments as Arguments
-    elif command == "evaluate reference":
-        from softvq_hf.evaluation.reference import ReferenceArguments as Arguments
-    elif command == "inspect":
-        from softvq_hf.evaluation.inspection import InspectionArguments as Arguments
-    elif words:
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
-    else:
+    if command not in EVALUATIONS:
+        if words:
+            parser.error(f"unrecognized arguments: {' '.join(words)}")
         return command, options
-    return command, parse_args(Arguments, words, prog=f"{parser.prog} {command}")
+    module, arguments, _ = EVALUATIONS[command]
+    arguments_type = getattr(importlib.import_module(module), arguments)
+    return command, parse_args(arguments_type, words, prog=f"{parser.prog} {command}")
 
 
 def run(command: str, args: Any) -> None:
     """Run a command and print what came of it; `command` and `args` are those of [`parse_command`]."""
     if command == "info":
         print(published_models_table())
-    elif command == "convert":
+        return
+    if command == "convert":
         converted = convert_pretrained(**{name: value for name, value in vars(args).items() if name != "command"})
         print(f"{type(converted).__name__} written to {args.output_dir}")
-    elif command == "evaluate reconstruction":
-        from softvq_hf.evaluation.reconstruction import evaluate_reconstruction
-
-        print_figures(evaluate_reconstruction(args))
-    elif command == "evaluate generation":
-        from softvq_hf.evaluation.generation import evaluate_generation
-
-        print_figures(evaluate_generation(args))
-    elif command == "evaluate reference":
-        from softvq_hf.evaluation.reference import make_reference
-
-        reference = make_reference(args)
-        if PartialState().is_main_process:
-            print(f"Reference of {reference.num_images} images written to {args.output_file}")
+        return
+    module, _, function = EVALUATIONS[command]
+    result = getattr(importlib.import_module(module), function)(args)
+    if not PartialState().is_main_process:
+        return
+    if command == "evaluate reference":
+        print(f"Reference of {result.num_images} images written to {args.output_file}")
     elif command == "inspect":
-        from softvq_hf.evaluation.inspection import inspect_tokenizer
-
-        print(f"Report written to {inspect_tokenizer(args)}")
-
-
-def print_figures(result: dict[str, Any]) -> None:
-    """Protocol, figures and notes of an evaluation as JSON, once for all processes."""
-    if PartialState().is_main_process:
+        print(f"Report written to {result}")
+    else:  # a record
         summary = {"protocol": result["protocol"]["name"], "metrics": result["metrics"], "notes": result["notes"]}
         print(json.dumps(summary, indent=2, ensure_ascii=False))
 

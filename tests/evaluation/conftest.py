@@ -44,26 +44,24 @@ def mean_colours():
 
 
 @pytest.fixture
-def accelerator():
-    """The accelerator of one process on the CPU."""
-    reset_accelerate()
-    yield Accelerator(cpu=True)
-    reset_accelerate()
+def fresh_accelerate(monkeypatch):
+    """Lets the code under test make an accelerator of its own on the CPU, and another one after each call of it."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+        GradientState._reset_state()
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset()
+    yield reset
+    reset()
 
 
 @pytest.fixture
-def fresh_accelerate(monkeypatch):
-    """Lets the code under test make an accelerator of its own."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-    GradientState._reset_state()
+def accelerator(fresh_accelerate):
+    """The accelerator of one process on the CPU."""
+    return Accelerator(cpu=True)
 
 
 @pytest.fixture

@@ -1,17 +1,12 @@
 """`softvq-hf evaluate generation`: figures of generated images against real ones, from one process and from two."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from softvq_hf.data import load_image_dataset
 from softvq_hf.evaluation.generation import GenerationArguments, evaluate_generation
@@ -43,23 +38,11 @@ def pipeline_dir(tiny_pipeline, tmp_path) -> Path:
 
 
 @pytest.fixture
-def classifier_dir(tmp_path) -> Path:
-    """A feature network of 8 features and 5 classes, random."""
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", downsample_in_first_stage=False,
-        num_labels=5,
-    )  # fmt: skip
-    ResNetForImageClassification(config).save_pretrained(tmp_path / "tiny_classifier")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "tiny_classifier")
-    return tmp_path / "tiny_classifier"
-
-
-@pytest.fixture
-def flags(pipeline_dir, classifier_dir, tmp_path):
+def flags(pipeline_dir, tiny_classifier_dir, tmp_path):
     """The command line of an evaluation into `tmp_path / folder`: `flags("folder", **changes)`."""
 
     def build(folder: str, **changes) -> list[str]:
-        arguments = {**FLAGS, "pipeline": pipeline_dir, "feature_extractor": classifier_dir}
+        arguments = {**FLAGS, "pipeline": pipeline_dir, "feature_extractor": tiny_classifier_dir}
         arguments |= {"output_dir": tmp_path / folder, **changes}
         return [f"--{name}={value}" for name, value in arguments.items() if value is not None]
 
@@ -67,20 +50,14 @@ def flags(pipeline_dir, classifier_dir, tmp_path):
 
 
 @pytest.fixture
-def evaluate(flags):
+def evaluate(flags, fresh_accelerate):
     """Evaluates in this process: `evaluate("folder", **changes) -> result`."""
 
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        GradientState._reset_state()
-
     def run(folder: str, **changes) -> dict:
-        reset()
+        fresh_accelerate()
         return evaluate_generation(parse_args(GenerationArguments, flags(folder, **changes)))
 
-    yield run
-    reset()
+    return run
 
 
 def frechet(features: np.ndarray, others: np.ndarray) -> float:
@@ -90,9 +67,9 @@ def frechet(features: np.ndarray, others: np.ndarray) -> float:
     return ((features.mean(0) - others.mean(0)) ** 2).sum() + np.trace(covariance + other) - 2 * trace_of_root
 
 
-def test_figures_are_those_of_the_images_in_the_folder(evaluate, classifier_dir, tmp_path):
+def test_figures_are_those_of_the_images_in_the_folder(evaluate, tiny_classifier_dir, tmp_path):
     result = evaluate("samples")
-    extractor = load_feature_extractor(str(classifier_dir))
+    extractor = load_feature_extractor(str(tiny_classifier_dir))
     with np.load(tmp_path / "samples/samples.npz") as archive:
         images, labels = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2), archive["arr_1"]
     assert images.shape == (30, 3, 16, 16)
@@ -116,7 +93,8 @@ def test_figures_are_those_of_the_images_in_the_folder(evaluate, classifier_dir,
     assert result["dataset"]["name"] == "photographs" and result["dataset"]["split"] == "train"
     protocol = result["protocol"]
     assert protocol["name"] == (
-        "30 images, iid labels, guidance 2, 2 steps of FlowMatchEulerDiscreteScheduler, rounded to 8 bits"
+        "30 images, iid labels, guidance 2, 2 steps of FlowMatchEulerDiscreteScheduler, rounded to 8 bits, against 40"
+        " real images"
     )
     assert protocol["num_references"] == {"tiny_classifier": 40}
     assert protocol["pipeline"]["scheduler"]["shift"] == 1.0
@@ -124,19 +102,16 @@ def test_figures_are_those_of_the_images_in_the_folder(evaluate, classifier_dir,
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one(evaluate, flags, tmp_path):
+def test_two_processes_give_the_result_of_one(evaluate, flags, softvq_hf_command, tmp_path):
     expected = evaluate("one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "softvq_hf.cli", "evaluate", "generation", *flags("two")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    process = softvq_hf_command("evaluate", "generation", *flags("two"), num_processes=2)
     assert process.returncode == 0, process.stderr[-4000:]
     result = json.loads((tmp_path / "two/result.json").read_text())
     assert result["metrics"].keys() == expected["metrics"].keys()
     for name, value in expected["metrics"].items():
         assert result["metrics"][name] == (None if value is None else pytest.approx(value, rel=1e-6)), name
     assert result["protocol"] == expected["protocol"]
-    assert result["hardware"] == {"devices": {"cpu": 2}, "num_processes": 2, "mixed_precision": "no"}
+    assert result["hardware"]["devices"] == {"cpu": 2} and result["hardware"]["num_processes"] == 2
     assert (tmp_path / "two/samples.npz").stat().st_size == (tmp_path / "one/samples.npz").stat().st_size
     with np.load(tmp_path / "one/samples.npz") as one, np.load(tmp_path / "two/samples.npz") as two:
         np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
@@ -162,23 +137,64 @@ def test_without_feature_networks_images_are_all(evaluate, tmp_path):
         "samples", reference=None, feature_extractor="none", save_npz=False, output_file=tmp_path / "r.json"
     )
     assert result["metrics"] == {} and not (tmp_path / "samples/samples.npz").exists()
-    assert len(list((tmp_path / "samples/images").iterdir())) == 4
+    assert len(list((tmp_path / "samples/images").glob("*.npy"))) == 4
     assert json.loads((tmp_path / "r.json").read_text())["protocol"]["num_images"] == 30
 
 
-def test_a_reference_of_another_protocol_is_refused_before_anything_is_made(evaluate, classifier_dir, tmp_path):
+def test_a_reference_of_another_protocol_is_refused_before_anything_is_made(evaluate, tiny_classifier_dir, tmp_path):
     np.savez(tmp_path / "reference.npz", arr_0=np.zeros((8, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="images of 32 x 32 pixels, allowed: 16 x 16"):
         evaluate("samples", reference=tmp_path / "reference.npz")
+    extractor = load_feature_extractor(str(tiny_classifier_dir))
     protocol = {
-        "feature_extractor": load_feature_extractor(str(classifier_dir)).description(),
+        "feature_extractor": extractor.description(),
         "resolution": 32,
         "crop": "ADM centre crop",
     }
-    np.savez(tmp_path / "reference.npz", mu=np.zeros(8), sigma=np.eye(8), num_images=9, protocol=json.dumps(protocol))
-    with pytest.raises(ValueError, match="another protocol .* resolution is 32 there and 16 here"):
+    np.savez(
+        tmp_path / "reference.npz",
+        mu=np.zeros(extractor.num_features),
+        sigma=np.eye(extractor.num_features),
+        num_images=9,
+        protocol=json.dumps(protocol),
+    )
+    with pytest.raises(ValueError, match="another protocol .* `resolution` is 32 there and 16 here"):
         evaluate("samples", reference=tmp_path / "reference.npz")
     assert not (tmp_path / "samples/images").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2}, "another plan: `seed` is 1 there and 2 here"),
+        ({"guidance_scale": -1}, "`guidance_scale` is -1.0, allowed"),
+        ({"rounding": "truncate"}, "another plan: `rounding` is round there and truncate here"),
+    ],
+)
+def test_what_is_wrong_with_the_images_comes_before_the_reference(evaluate, tmp_path, changes, message):
+    """There are no images in the reference: measuring it is another error."""
+    evaluate("samples", reference=None, reference_max_samples=None, feature_extractor="none", save_npz=False)
+    (tmp_path / "no_images").mkdir()
+    with pytest.raises(ValueError, match=message):
+        evaluate("samples", reference=tmp_path / "no_images", **changes)
+    with pytest.raises(ValueError, match="no_images"):
+        evaluate("samples", reference=tmp_path / "no_images")
+
+
+def test_guidance_without_a_null_class_comes_before_the_reference(evaluate, tiny_pipeline, tmp_path):
+    tiny_pipeline(class_dropout_prob=0.0).save_pretrained(tmp_path / "without_null_class")
+    (tmp_path / "no_images").mkdir()
+    with pytest.raises(ValueError, match="`guidance_scale` is 2.0, allowed: at most 1 for this transformer"):
+        evaluate("samples", pipeline=tmp_path / "without_null_class", reference=tmp_path / "no_images")
+
+
+def test_unreadable_images_of_the_reference_are_counted_and_named(evaluate, image_folder):
+    folder = image_folder(120)
+    (folder / "val" / "007.png").write_bytes(b"no image")
+    changes = {"reference": folder, "reference_split": "validation", "reference_max_samples": None}
+    result = evaluate("samples", **changes)
+    assert result["protocol"]["num_references"] == {"tiny_classifier": 119}
+    assert "Reference: 1 images could not be read and are left out: val/007.png." in result["notes"]
 
 
 def test_model_card(evaluate, pipeline_dir):
@@ -195,6 +211,13 @@ def test_model_card(evaluate, pipeline_dir):
     assert not any("fid" in entry.metric_type.lower() for entry in card.data.eval_results)
 
 
+def test_a_model_card_that_cannot_be_read_is_an_error_before_anything_is_made(evaluate, pipeline_dir, tmp_path):
+    (pipeline_dir / "README.md").write_text("---\nmodel-index: [\n---\n")
+    with pytest.raises(ValueError, match="README.md has metadata that cannot be read"):
+        evaluate("samples", update_model_card=True)
+    assert not (tmp_path / "samples/images").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -206,11 +229,33 @@ def test_model_card(evaluate, pipeline_dir):
             "`--pipeline` is 'somebody/pipeline', allowed with `--update_model_card`: a local folder",
         ),
         ({"batch_size": 0}, "`--batch_size` is 0, allowed: integers from 1 on."),
+        ({"seed": -1}, "`--seed` is -1, allowed: integers from 0 on."),
+        ({"shard_size": 0}, "`--shard_size` is 0, allowed: integers from 1 on."),
+        ({"num_inference_steps": 0}, "`--num_inference_steps` is 0, allowed: integers from 1 on."),
+        ({"guidance_interval": 0.5}, "`--guidance_interval` is 0.5, allowed: two numbers"),
+        ({"reference_max_samples": 1}, "`--reference_max_samples` is 1, allowed: integers from 2 on."),
+        ({"dataloader_num_workers": -1}, "`--dataloader_num_workers` is -1, allowed: integers from 0 on."),
+        ({"reference": "nowhere.npz"}, "`--reference` is 'nowhere.npz', allowed: an .npz file that exists"),
     ],
 )
 def test_wrong_arguments(flags, changes, message):
     with pytest.raises(ValueError, match=message):
         parse_args(GenerationArguments, flags("samples", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_interval": [0.5, 0.2]}, "`--guidance_interval` is 0.5 0.2, allowed: two numbers"),
+        ({"guidance_interval": [0.0, 0.5, 1.0]}, "`--guidance_interval` is 0.0 0.5 1.0, allowed: two numbers"),
+        ({"labels": "uniform"}, "`--labels` is 'uniform', allowed: iid, balanced."),
+        ({"rounding": "floor"}, "`rounding` is 'floor', allowed: 'round', 'truncate'."),
+        ({"mixed_precision": "fp8"}, "`--mixed_precision` is 'fp8', allowed: no, fp16, bf16."),
+    ],
+)
+def test_wrong_arguments_in_python(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationArguments(pipeline="x", output_dir="x", reference="photographs", **changes)
 
 
 def test_wrong_arguments_that_the_pipeline_knows(evaluate, tmp_path):

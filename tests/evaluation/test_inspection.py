@@ -1,6 +1,7 @@
 """`softvq-hf inspect`, with constructed decoders and real tokenizers of tiny size."""
 
 import json
+import math
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,15 +12,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from softvq_hf.cli import main
-from softvq_hf.evaluation.inspection import (
-    InspectionArguments,
-    choose_tokens,
-    inspect_tokenizer,
-    interpolate,
-    project,
-    spatial_extent,
-    token_influence,
-)
+from softvq_hf.evaluation.inspection import InspectionArguments, decode_grey_levels, inspect_tokenizer, project
 from softvq_hf.metrics.codebook_usage import CodebookUsage
 from softvq_hf.metrics.latent_statistics import LatentStatistics
 
@@ -51,7 +44,7 @@ def tokenizer_dir(tiny_tokenizer, tmp_path):
 
 
 @pytest.fixture
-def inspect(fresh_accelerate, labelled_folder, tokenizer_dir, tmp_path):
+def inspect(reset_accelerate, labelled_folder, tokenizer_dir, tmp_path):
     """Inspects a tokenizer in this process: `inspect(num_images=2) -> (record, text of the report, folder)`."""
 
     def run(**arguments):
@@ -81,67 +74,6 @@ def pictures_of(report: str) -> set[str]:
     Reader().feed(report)
     assert open_tags == []
     return found
-
-
-def quarter_decoder(latents: torch.Tensor) -> torch.Tensor:
-    """Ignores all but token 2, whose first number is the grey of the upper left quarter of 8 x 8 pixels."""
-    images = torch.full((len(latents), 3, 8, 8), 100.0)
-    images[:, :, :4, :4] = latents[:, 2, 0].reshape(-1, 1, 1, 1)
-    return images
-
-
-def test_influence_of_the_only_token_that_counts():
-    latents, replacements = torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
-    latents[:, 2, 0] = torch.tensor([50.0, 200.0])
-    replacements[:, :, 0] = 80.0
-    maps = token_influence(quarter_decoder, latents, replacements, [0, 1, 2, 3])
-    expected = torch.zeros(2, 4, 8, 8)
-    expected[0, 2, :4, :4] = 30.0
-    expected[1, 2, :4, :4] = 120.0
-    assert torch.equal(maps, expected)
-
-    extent = spatial_extent(maps)
-    assert extent.change == pytest.approx([0, 0, 75 / 4, 0])
-    assert extent.area == extent.area_of_mean == pytest.approx([0, 0, 0.25, 0])
-    assert extent.centre[:2] == [None, None] and extent.centre[2] == pytest.approx((0.25, 0.25))
-
-
-def test_tokens_that_stay_have_no_influence():
-    latents = torch.randn(2, 4, 3)
-    assert token_influence(quarter_decoder, latents, latents, [1, 2]).abs().max() == 0
-
-
-def test_extent_of_a_token_that_moves_and_of_one_that_is_everywhere():
-    maps = torch.zeros(2, 2, 4, 8)
-    maps[0, 0, 0, 0] = maps[1, 0, 3, 7] = 2.0
-    maps[:, 1] = 1.0
-    extent = spatial_extent(maps)
-    assert extent.area == pytest.approx([1 / 32, 1.0])
-    assert extent.area_of_mean == pytest.approx([2 / 32, 1.0])
-    assert extent.centre[0] == pytest.approx((0.5, 0.5)) and extent.centre[1] == pytest.approx((0.5, 0.5))
-    assert spatial_extent(maps[:1]).centre[0] == pytest.approx((0.5 / 8, 0.5 / 4))
-    assert extent.change == pytest.approx([2 / 32, 1.0])
-
-
-def test_interpolation_is_linear():
-    first, second = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    path = interpolate(first, second, 5)
-    assert path.shape == (2, 5, 3, 4)
-    assert torch.equal(path[:, 0], first) and torch.equal(path[:, 4], second)
-    assert torch.allclose(path[:, 1], 0.75 * first + 0.25 * second)
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "most", "is_grid", "expected"),
-    [
-        (3, 64, False, [0, 1, 2]),
-        (128, 4, False, [16, 48, 80, 112]),
-        (16, 4, True, [5, 7, 13, 15]),  # rows and columns 1 and 3
-        (16, 5, True, [5, 7, 13, 15]),
-    ],
-)
-def test_tokens_are_spread(num_tokens, most, is_grid, expected):
-    assert choose_tokens(num_tokens, most, is_grid) == expected
 
 
 def test_pca_finds_the_directions_of_most_variance():
@@ -285,12 +217,24 @@ def test_names_are_escaped(inspect, labelled_folder):
     assert "images of &lt;b&gt;food &amp; more" in report and "<b>" not in report
 
 
-def test_a_diverged_tokenizer_names_the_images(inspect, tiny_tokenizer, tokenizer_dir):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_diverged_tokenizer_names_the_images(inspect, tiny_tokenizer, tokenizer_dir, value):
     tokenizer = tiny_tokenizer(quantizer="none")
-    tokenizer.decoder.last_layer.data.fill_(torch.nan)
+    tokenizer.decoder.pixel_head.proj.bias.data.fill_(value)
     tokenizer.save_pretrained(tokenizer_dir)
-    with pytest.raises(ValueError, match=r"reconstructions that are not finite .*\.png"):
+    with pytest.raises(ValueError, match=r"decoded images that are not finite .*\.png"):
         inspect()
+
+
+@torch.no_grad()
+def test_only_what_is_broken_is_named(tiny_tokenizer):
+    tokenizer = tiny_tokenizer(quantizer="none")
+    latents = torch.randn(3, 8, 4)
+    images = decode_grey_levels(tokenizer, latents, ["a", "b", "c"], resolution=32, batch_size=2)
+    assert images.shape == (3, 3, 32, 32) and images.min() >= 0 and 1 < images.max() <= 255
+    latents[1, 5] = 3e38  # more than a layer can add up
+    with pytest.raises(ValueError, match=r"decoded images that are not finite \(NaN or infinite\) for b\."):
+        decode_grey_levels(tokenizer, latents, ["a", "b", "c"], resolution=32, batch_size=2)
 
 
 def test_a_collapsed_tokenizer_is_shown(inspect, tiny_tokenizer, tokenizer_dir):
@@ -323,7 +267,7 @@ def test_arguments_that_cannot_work(arguments, message):
         InspectionArguments(model="x", dataset="x", output_dir="x", **arguments)
 
 
-def test_command(fresh_accelerate, capsys, tokenizer_dir, labelled_folder, tmp_path):
+def test_command(reset_accelerate, capsys, tokenizer_dir, labelled_folder, tmp_path):
     words = ["inspect", "--model", tokenizer_dir, "--dataset", labelled_folder, "--output_dir", tmp_path / "out"]
     main([*map(str, words), "--num_images", "2", "--num_interpolation_steps", "2"])
     assert capsys.readouterr().out.splitlines()[-1] == f"Report written to {tmp_path / 'out' / 'report.html'}"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from softvq_hf.training.arguments import parse_args
+
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("published_figures", ROOT / "benchmarks/published_figures.py")
@@ -40,10 +42,18 @@ def official_folder(golden, tmp_path):
 def run(model: str, output_dir: Path, **options) -> dict:
     args = published_figures.PublishedFiguresArguments(model=model, output_dir=str(output_dir), **options)
     published_figures.main(args)
-    return json.loads((output_dir / model.replace(" ", "_") / "comparison.json").read_text())
+    return json.loads((args.folder / ("comparison_guided.json" if args.guided else "comparison.json")).read_text())
 
 
-def test_tokenizer(official_folder, tiny_classifier_dir, tmp_path, fresh_accelerate, capsys):
+@pytest.fixture
+def sit_options(official_folder, tiny_classifier_dir, image_folder, tmp_path):
+    """A SiT, its tokenizer and reference images, of the split "val": `tmp_path / "images/val"`."""
+    options = {"source": official_folder("sit"), "tokenizer": official_folder("softvq_tokenizer")}
+    options |= {"num_images": 6, "num_inference_steps": 3, "feature_extractor": [str(tiny_classifier_dir)]}
+    return options | {"reference": str(image_folder(8))}
+
+
+def test_tokenizer(official_folder, tiny_classifier_dir, tmp_path, reset_accelerate, capsys):
     options = {"source": official_folder("softvq_tokenizer"), "dataset": "photographs", "num_images": 16}
     options["feature_extractor"] = [str(tiny_classifier_dir)]
     record = run("SoftVQ-B-64", tmp_path / "out", **options)
@@ -53,19 +63,43 @@ def test_tokenizer(official_folder, tiny_classifier_dir, tmp_path, fresh_acceler
     assert "rfid: published 0.88, measured None" in capsys.readouterr().out
 
 
-def test_generator(official_folder, tiny_classifier_dir, image_folder, tmp_path, fresh_accelerate):
-    options = {"source": official_folder("sit"), "tokenizer": official_folder("softvq_tokenizer"), "guided": True}
-    options |= {"num_images": 6, "num_inference_steps": 3, "feature_extractor": [str(tiny_classifier_dir)]}
-    options["reference"] = str(image_folder(8))
+def test_generator(sit_options, tmp_path, reset_accelerate):
+    name, folder = "SiT-XL on SoftVQ-B-64", tmp_path / "out/SiT-XL_on_SoftVQ-B-64"
     with pytest.raises(ValueError, match="split"):  # the folder has no training images
-        run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **options)
+        run(name, tmp_path / "out", **sit_options, guided=True)
     (tmp_path / "images/val").rename(tmp_path / "images/train")
-    record = run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **options)  # the model is there now
+    converted = (folder / "model/model_index.json").stat().st_mtime_ns
+    record = run(name, tmp_path / "out", **sit_options, guided=True)
+    assert (folder / "model/model_index.json").stat().st_mtime_ns == converted  # the model was there
     assert record["figures"] == {"gfid": {"published": 1.78, "measured": None}}
-    plan = json.loads((tmp_path / "out/SiT-XL_on_SoftVQ-B-64/samples_guided/plan.json").read_text())
+    plan = json.loads((folder / "samples_guided/plan.json").read_text())
     assert plan["rounding"] == "truncate" and plan["guidance_scale"] == 1.75
     assert plan["guidance_interval"] == [0.0, 0.7]
     assert plan["pipeline"]["scheduler"]["path_type"] == "cosine"
+
+    without = run(name, tmp_path / "out", **sit_options)
+    assert without["figures"]["gfid"]["published"] != 1.78
+    assert json.loads((folder / "comparison_guided.json").read_text()) == record  # both stay
+    assert {path.name for path in folder.glob("result*.json")} == {"result.json", "result_guided.json"}
+
+
+def test_another_conversion_of_the_same_model_is_refused(sit_options, tmp_path, reset_accelerate):
+    (tmp_path / "images/val").rename(tmp_path / "images/train")
+    run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **sit_options)
+    for changes in ({"path_type": "linear"}, {"source": "elsewhere"}, {"tokenizer": "elsewhere"}):
+        ((name, value),) = changes.items()
+        earlier = sit_options.get(name, "cosine")
+        with pytest.raises(ValueError, match=f"another conversion: `{name}` is {earlier} there and {value} here"):
+            run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **{**sit_options, **changes})
+    (tmp_path / "out/SiT-XL_on_SoftVQ-B-64/conversion.json").unlink()
+    with pytest.raises(ValueError, match="`path_type` is not given there and cosine here"):
+        run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **sit_options)
+
+
+def test_arguments_of_the_evaluation_are_checked_first(sit_options, tmp_path, reset_accelerate):
+    with pytest.raises(ValueError, match="`--batch_size` is 0"):
+        run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **sit_options, batch_size=0)
+    assert not (tmp_path / "out").exists()  # nothing was converted
 
 
 @pytest.mark.parametrize(
@@ -73,8 +107,29 @@ def test_generator(official_folder, tiny_classifier_dir, image_folder, tmp_path,
     [
         ({"model": "SoftVQ-XL"}, "`--model` is 'SoftVQ-XL', allowed: SoftVQ-L-64, "),
         ({"model": "SiT-XL on SoftVQ-L-64"}, "`--reference` is None"),
+        ({"model": "SoftVQ-L-64", "guided": True}, "`--model` is 'SoftVQ-L-64', which does not take `--guided`"),
+        ({"model": "SoftVQ-L-64", "path_type": "linear"}, "does not take `--path_type`"),
+        ({"model": "SiT-XL on SoftVQ-L-64", "reference": "x", "lpips": "vgg"}, "does not take `--lpips`"),
+        (
+            {"model": "SiT-XL on SoftVQ-L-64", "reference": "x", "guidance_scale": 1.75},
+            "`--guidance_scale` and `--guidance_high` are allowed with `--guided` only",
+        ),
+        (
+            {"model": "DiT-XL on SoftVQ-L-64", "reference": "x", "guided": True, "guidance_high": 0.5},
+            "does not take `--guidance_high`",
+        ),
+        (
+            {"model": "SiT-XL on SoftVQ-L-64", "reference": "x", "guided": True, "guidance_scale": 1.0},
+            "`--guidance_scale` is 1.0, allowed with `--guided`: numbers above 1",
+        ),
     ],
 )
 def test_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         published_figures.PublishedFiguresArguments(**options)
+
+
+@pytest.mark.parametrize("flag", ["--lpips=squeeze", "--mixed_precision=fp8"])
+def test_choices(flag):
+    with pytest.raises(SystemExit):
+        parse_args(published_figures.PublishedFiguresArguments, ["--model", "SoftVQ-L-64", flag])

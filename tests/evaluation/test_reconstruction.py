@@ -133,6 +133,16 @@ def test_unreadable_images_are_named_and_counted(evaluate, image_folder):
         evaluate(dataset=str(folder), max_unreadable_fraction=0.0)
 
 
+def test_an_unreadable_image_is_no_reason_to_leave_figures_out(evaluate, image_folder, tiny_classifier_dir):
+    """11 images in 10 splits: without number 5 its split is empty, and the classifier score is that of the others."""
+    folder = image_folder(11)
+    (folder / "val" / "005.png").write_bytes(b"no image")
+    options = {"feature_extractor": [str(tiny_classifier_dir)], "batch_size": 1, "max_unreadable_fraction": 0.1}
+    metrics = evaluate(dataset=str(folder), **options)["metrics"]
+    assert metrics["classifier_score (tiny_classifier)"] >= 1 and metrics["fd (tiny_classifier)"] > 0
+    assert metrics["precision (tiny_classifier)"] is not None
+
+
 def test_images_of_mixed_sizes_are_cropped(evaluate, image_folder):
     folder = image_folder(4)
     Image.new("RGB", (90, 40), "red").save(folder / "val" / "wide.png")
@@ -171,11 +181,26 @@ def test_model_card_of_a_model_of_diffusers_is_asked_for_before_the_work(evaluat
         evaluate(model=str(tmp_path / "kl"), update_model_card=True, dataset="nowhere")
 
 
+def test_missing_weights_of_lpips_are_named_with_the_way_around(evaluate, image_folder, tmp_path, monkeypatch):
+    def refuse_connection(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("urllib.request.urlopen", refuse_connection)
+    with pytest.raises(OSError, match="alexnet-owt.* `--lpips_weights`; `--lpips none` does without"):
+        evaluate(dataset=str(image_folder(4)), lpips="alex")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"update_model_card": True}, "allowed with `--update_model_card`: a local folder that exists"),
         ({"resolution": 0}, "`--resolution` is 0"),
+        ({"lpips": "squeeze"}, "`--lpips` is 'squeeze', allowed: vgg, alex, none"),
+        ({"lpips": "none", "lpips_weights": "vgg16.pth"}, "`--lpips_weights` is 'vgg16.pth' and `--lpips` is none"),
+        ({"lpips_weights": "nowhere.pth"}, "`--lpips_weights` is 'nowhere.pth', allowed: a file that exists"),
+        ({"mixed_precision": "fp8"}, "`--mixed_precision` is 'fp8', allowed: no, fp16, bf16"),
+        ({"rounding": "floor"}, "`rounding` is 'floor', allowed: 'round', 'truncate'"),
         ({"batch_size": 0}, "`--batch_size` is 0"),
         ({"max_samples": 0}, "`--max_samples` is 0"),
     ],
@@ -199,7 +224,7 @@ def test_two_processes_give_the_result_of_one(
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.count('"psnr"') == 1  # printed once
     two = json.loads((tmp_path / "two.json").read_text())
-    assert two["hardware"] == {"devices": {"cpu": 2}, "num_processes": 2, "mixed_precision": "no"}
+    assert two["hardware"]["devices"] == {"cpu": 2} and two["hardware"]["num_processes"] == 2
     assert_same_figures(two["metrics"], one["metrics"], tolerance=1e-9)
     assert two["codebook"] == one["codebook"] and two["protocol"] == one["protocol"] and two["notes"] == one["notes"]
     assert two["latents"]["latent_channel_kurtosis"] == pytest.approx(one["latents"]["latent_channel_kurtosis"])

@@ -1,6 +1,9 @@
 """References: measured, written, read, and refused."""
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -76,8 +79,8 @@ def test_another_protocol_is_refused_with_the_differences(accelerator, mean_colo
     with pytest.raises(ValueError) as error:
         load_reference(accelerator, tmp_path / "reference.npz", mean_colours("x", scale=2.0), 16)
     assert "made with another protocol" in str(error.value)
-    assert "feature_extractor.scale is 1.0 there and 2.0 here" in str(error.value)
-    assert "resolution is 8 there and 16 here" in str(error.value)
+    assert "`feature_extractor.scale` is 1.0 there and 2.0 here" in str(error.value)
+    assert "`resolution` is 8 there and 16 here" in str(error.value)
     assert "crop" not in str(error.value)
 
 
@@ -88,23 +91,6 @@ def test_images_of_a_file(accelerator, mean_colours, images, tmp_path, save, bat
     reference = load_reference(accelerator, tmp_path / "images.npz", mean_colours("x"), 8, batch_size=batch_size)
     assert_same(reference, build(images, mean_colours("x")))
     assert reference.num_images == 30 and "crop of the images in images.npz could not be checked" in reference.notes[0]
-
-
-def test_images_are_shared_by_two_processes(mean_colours, images, tmp_path):
-    """Every process reads its own batches, together all of them."""
-    from types import SimpleNamespace
-
-    from softvq_hf.evaluation.reference import _npz_images
-
-    np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
-    found = torch.full_like(images, 0)
-    seen = []
-    for process_index in range(2):
-        process = SimpleNamespace(num_processes=2, process_index=process_index)
-        for batch, indices in _npz_images(process, tmp_path / "images.npz", 8, 4):
-            found[indices] = batch
-            seen += indices.tolist()
-    assert torch.equal(found, images) and sorted(seen) == list(range(30))
 
 
 def test_statistics_of_a_file_win_for_inception(accelerator, mean_colours, images, tmp_path):
@@ -135,6 +121,42 @@ def write_no_archive(path):
     path.write_bytes(b"no archive")
 
 
+def write_one_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(12))
+
+
+def write_archive_of(**members):
+    """Writes an archive of these bytes."""
+
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(f"{name}.npy", data)
+
+    return write
+
+
+def write_damaged(save, name):
+    """Writes an archive whose member `name` is damaged in the middle."""
+
+    def write(path):
+        images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+        save(path, arr_0=images, mu=np.random.default_rng(0).normal(size=12), sigma=np.eye(12))
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+        data = bytearray(path.read_bytes())
+        middle = member.header_offset + 60 + member.compress_size // 2
+        data[middle : middle + 8] = bytes(number ^ 255 for number in data[middle : middle + 8])
+        path.write_bytes(data)
+
+    return write
+
+
+NOT_SEMIDEFINITE = np.eye(12)
+NOT_SEMIDEFINITE[0, 1] = NOT_SEMIDEFINITE[1, 0] = 2
+
+
 def write_objects(path):
     np.savez(path, mu=np.array([object()], dtype=object), sigma=np.eye(1))
 
@@ -145,12 +167,22 @@ def write_objects(path):
         (lambda path: None, "allowed: an .npz file that exists"),
         (write_no_archive, "cannot be read"),
         (write_objects, "cannot be read"),  # it would execute what it holds
+        (write_one_array, "cannot be read: it is no archive"),
+        (write_archive_of(mu=b"no array", sigma=b"no array"), "cannot be read: mu and sigma is no array"),
+        (write_archive_of(mu=b"\x93NUMPY\x01\x00"), "cannot be read: EOF"),
+        (write_archive_of(arr_0=b"no array"), "cannot be read: the magic string"),
+        (write_damaged(np.savez, "mu"), "cannot be read: Bad CRC-32"),
+        (write_damaged(np.savez, "arr_0"), "cannot be read: Bad CRC-32"),
+        (write_damaged(np.savez_compressed, "arr_0"), "cannot be read: "),
+        (lambda path: np.savez(path, mu=np.zeros(12, complex), sigma=np.eye(12)), "mu of dtype complex128, allowed"),
+        (lambda path: np.savez(path, mu=np.zeros(12), sigma=np.full((12, 12), "x")), "sigma of dtype <U1, allowed"),
+        (lambda path: np.savez(path, mu=np.zeros(12), sigma=NOT_SEMIDEFINITE), "the eigenvalue -1 beside 3, allowed"),
         (lambda path: np.savez(path, x=1), "holds x, allowed: mu and sigma, or images as arr_0"),
         (
             lambda path: np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048)),
             r"mu of shape \(2048,\).*another network",
         ),
-        (lambda path: np.savez(path, mu=np.zeros(12), sigma=np.eye(11)), "mu and sigma that are none"),
+        (lambda path: np.savez(path, mu=np.zeros(12), sigma=np.eye(11)), "mu and sigma that are not valid"),
         (lambda path: np.savez(path, mu=np.full(12, np.nan), sigma=np.eye(12)), "not finite"),
         (lambda path: np.savez(path, np.zeros((2, 16, 16, 3), np.uint8)), "16 x 16 pixels, allowed: 8 x 8"),
         (lambda path: np.savez(path, np.zeros((2, 8, 8, 3), np.float32)), "dtype float32, allowed"),
@@ -160,8 +192,134 @@ def write_objects(path):
 )
 def test_files_that_are_refused(accelerator, mean_colours, tmp_path, write, message):
     write(tmp_path / "reference.npz")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_reference(accelerator, tmp_path / "reference.npz", mean_colours("x"), 8)
+    assert "reference.npz" in str(error.value) or "The reference has 0" in str(error.value)
+
+
+MEASURED = {
+    "feature_extractor": {"name": "MeanColours", "scale": 1.0},
+    "resolution": 8,
+    "crop": "ADM centre crop",
+    "dataset": None,
+}
+
+
+def write_measured(path, **changes):
+    """A file as of `save_reference`, for `MeanColours("x")` at 8 pixels, but for `changes`; `None` leaves out."""
+    arrays = {"mu": np.zeros(12), "sigma": np.eye(12), "features": np.zeros((30, 12), np.float32)}
+    arrays |= {"num_images": 30, "protocol": json.dumps(MEASURED), "notes": "[]", **changes}
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": "{broken"}, "protocol or notes that are not JSON"),
+        ({"protocol": np.arange(3)}, "protocol or notes that are not JSON"),
+        ({"protocol": "[]"}, r"holds the protocol \[\] .* allowed: a JSON object"),
+        ({"protocol": "{}"}, "`resolution` is not given there and 8 here"),
+        ({"notes": "1"}, "and the notes 1, allowed"),
+        ({"protocol": json.dumps({**MEASURED, "dataset": 3})}, "protocol whose dataset is 3, allowed: a JSON object"),
+        ({"sigma": NOT_SEMIDEFINITE}, "the eigenvalue -1 beside 3, allowed: 0 or more"),
+        ({"num_images": np.nan}, "holds num_images nan, allowed: an integer from 2 on"),
+        ({"num_images": -5}, "holds num_images -5, allowed: an integer from 2 on"),
+        ({"num_images": None}, "has a protocol, but lacks num_images"),
+        ({"mu": None, "arr_0": np.zeros((30, 8, 8, 3), np.uint8)}, "has a protocol, but lacks mu"),
+        ({"num_images": "many"}, "holds num_images many, allowed: an integer from 2 on"),
+        ({"num_images": 1}, "holds num_images 1, allowed: an integer from 2 on"),
+        ({"features": np.zeros((30, 11), np.float32)}, r"features of shape \(30, 11\) and dtype float32"),
+        ({"features": np.zeros((31, 12), np.float32)}, r"features of shape \(31, 12\) and dtype float32"),
+        ({"features": np.zeros((30, 12), np.int64)}, r"features of shape \(30, 12\) and dtype int64"),
+        ({"features": np.full((30, 12), np.nan, np.float32)}, "that are not finite"),
+        ({"features": np.float32(1)}, r"features of shape \(\)"),
+        ({"sigma": np.eye(11)}, "mu and sigma that are not valid"),
+    ],
+)
+def test_malformed_files_of_our_own_are_refused_and_named(accelerator, mean_colours, tmp_path, changes, message):
+    write_measured(tmp_path / "reference.npz")
+    assert load_reference(accelerator, tmp_path / "reference.npz", mean_colours("x"), 8).num_images == 30
+    write_measured(tmp_path / "reference.npz", **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load_reference(accelerator, tmp_path / "reference.npz", mean_colours("x"), 8)
+    assert "reference.npz" in str(error.value)
+
+
+def test_images_of_a_file_that_was_cut_off(accelerator, mean_colours, tmp_path):
+    """The archive is whole, its array is not."""
+    with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (30, 8, 8, 3)})
+        member.write(bytes(10 * 8 * 8 * 3))
+    with pytest.raises(ValueError, match="images.npz' ends in the middle of arr_0"):
+        load_reference(accelerator, tmp_path / "images.npz", mean_colours("x"), 8, batch_size=4)
+
+
+def test_unreadable_images_are_counted_and_named(accelerator, mean_colours, image_folder, tmp_path):
+    folder = image_folder(20)
+    (folder / "val" / "007.png").write_bytes(b"no image")
+    data = EvaluationDataArguments(dataset=str(folder))
+    reference = build_dataset_reference(accelerator, data, mean_colours("x"), 32, batch_size=1)
+    assert reference.num_images == 19 and reference.protocol["num_unreadable"] == 1
+    assert reference.notes == ["Reference: 1 images could not be read and are left out: val/007.png."]
+    save_reference(reference, tmp_path / "reference.npz")
+    loaded = load_reference(accelerator, tmp_path / "reference.npz", mean_colours("x"), 32)
+    assert loaded.notes == reference.notes and loaded.protocol == reference.protocol
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(softvq_hf_command, image_folder, tiny_classifier_dir, tmp_path):
+    """21 images in batches of 4, of a folder and of a file, one of the former unreadable."""
+    folder = image_folder(21)
+    (folder / "val" / "007.png").write_bytes(b"no image")
+    flags = ["--dataset", folder, "--resolution=32", "--batch_size=4", "--feature_extractor", tiny_classifier_dir]
+    references = []
+    for num_processes in (1, 2):
+        file = tmp_path / f"{num_processes}.npz"
+        run = softvq_hf_command("evaluate", "reference", *flags, "--output_file", file, num_processes=num_processes)
+        assert run.returncode == 0, run.stderr[-4000:]
+        assert run.stdout.count("Reference of 20 images written to") == 1
+        with np.load(file) as archive:
+            references.append({name: archive[name] for name in archive.files})
+    one, two = references
+    assert one.keys() == two.keys() and one["features"].shape == (20, 16)
+    for name in ("protocol", "notes", "num_images"):
+        assert one[name] == two[name]
+    for name in ("mu", "sigma", "mu_s", "sigma_s", "features"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-9, atol=1e-12)
+
+
+SCRIPT = """
+import sys
+from accelerate import Accelerator
+from softvq_hf.evaluation.reference import load_reference, save_reference
+from softvq_hf.metrics.features import load_feature_extractor
+
+images, classifier, output_file = sys.argv[1:]
+accelerator = Accelerator(cpu=True)
+reference = load_reference(accelerator, images, load_feature_extractor(classifier), 8, batch_size=4)
+if accelerator.is_main_process:
+    save_reference(reference, output_file)
+accelerator.wait_for_everyone()
+"""
+
+
+@pytest.mark.slow
+def test_images_of_a_file_are_shared_by_two_processes(images, tiny_classifier_dir, tmp_path):
+    np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
+    (tmp_path / "load.py").write_text(SCRIPT)
+    references = []
+    for num_processes in (1, 2):
+        file = tmp_path / f"{num_processes}.npz"
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        command += [tmp_path / "load.py", tmp_path / "images.npz", tiny_classifier_dir, file]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, *map(str, command)], check=True, env=env, timeout=300)
+        with np.load(file) as archive:
+            references.append({name: archive[name] for name in archive.files})
+    one, two = references
+    assert one["num_images"] == two["num_images"] == 30
+    for name in ("mu", "sigma", "mu_s", "sigma_s", "features"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-9, atol=1e-12)
 
 
 def test_images_of_a_data_set(accelerator, mean_colours, image_folder):

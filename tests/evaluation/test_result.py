@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 
-from softvq_hf.evaluation.result import build_result, check_output_file, update_model_card, write_result
+from softvq_hf.evaluation.result import build_result, check_output_file, differences, update_model_card, write_result
 from softvq_hf.training.hub import export_model, read_model_card, update_model_index
 
 
@@ -28,12 +31,15 @@ def make_result(accelerator):
 
 
 def test_a_record_says_what_it_ran_with(make_result, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["evaluate", "--batch_size", "4", "--hub_token", "hf_secret"])
+    output_file = f"--output_file={Path.home() / 'result.json'}"
+    monkeypatch.setattr("sys.argv", ["evaluate", "--batch_size", "4", "--hub_token", "hf_secret", output_file])
     result = make_result({"psnr": 20.0}, latents={"latent_mean": 0.5})
     assert result["metrics"] == {"psnr": 20.0} and result["latents"] == {"latent_mean": 0.5}
     assert {"torch", "torchmetrics", "torch-fidelity", "lpips", "softvq-hf"} <= result["versions"].keys()
-    assert result["hardware"] == {"devices": {"cpu": 1}, "num_processes": 1, "mixed_precision": "no"}
-    assert result["command"] == ["evaluate", "--batch_size", "4"]
+    hardware = result["hardware"]
+    assert hardware.pop("processor").endswith(f", {os.cpu_count()} cores")
+    assert hardware == {"devices": {"cpu": 1}, "num_processes": 1, "mixed_precision": "no"}
+    assert result["command"] == ["evaluate", "--batch_size", "4", "--output_file=~/result.json"]
     assert result["date"].startswith("20") and result["notes"] == ["a note"]
 
 
@@ -69,6 +75,13 @@ def test_numbers_that_json_does_not_know(make_result, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["result.json"]
 
 
+def test_numbers_of_numpy(make_result, tmp_path):
+    result = make_result({"psnr": np.float32(0.5), "rfid": np.float32("nan")}, latents={"counts": (np.int64(3), 4)})
+    write_result(result, tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"] == {"psnr": 0.5, "rfid": None}
+    assert result["latents"] == {"counts": [3, 4]} and "rfid is not a number" in result["notes"][-1]
+
+
 def test_output_file_that_cannot_be_written(tmp_path):
     check_output_file(None)
     check_output_file(str(tmp_path / "folder" / "result.json"))
@@ -77,6 +90,33 @@ def test_output_file_that_cannot_be_written(tmp_path):
     for path in (tmp_path, tmp_path / "file" / "result.json"):
         with pytest.raises(ValueError, match="`--output_file` is .*allowed: a file that can be written"):
             check_output_file(str(path))
+
+
+def test_differences_of_records():
+    record = {"seed": 0, "scheduler": {"shift": 1.0, "betas": (0.1, 0.2)}, "revision": None}
+    assert differences(record, {"seed": 0, "scheduler": {"shift": 1.0, "betas": [0.1, 0.2]}}) == []
+    assert differences(record, {"seed": 1, "scheduler": {"betas": [0.1, 0.3]}, "labels": "iid"}) == [
+        "`seed` is 0 there and 1 here",
+        "`scheduler.shift` is 1.0 there and not given here",
+        "`scheduler.betas` is [0.1, 0.2] there and [0.1, 0.3] here",
+        "`labels` is not given there and iid here",
+    ]
+    assert differences({"scheduler": None}, {"scheduler": {"shift": 1.0}}) == [
+        "`scheduler.shift` is not given there and 1.0 here",
+    ]
+
+
+def test_card_is_whole_when_writing_is_interrupted(make_result, tiny_tokenizer, tmp_path, monkeypatch):
+    export_model(tokenizer := tiny_tokenizer(), tmp_path)
+    before = (tmp_path / "README.md").read_bytes()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        update_model_card(tmp_path, make_result({"psnr": 20.0}), tokenizer)
+    assert (tmp_path / "README.md").read_bytes() == before
 
 
 def test_card_takes_figures_in(make_result, tiny_tokenizer, tmp_path):
@@ -138,3 +178,12 @@ def test_card_errors(tmp_path):
         read_model_card("someone/softvq")
     with pytest.raises(ValueError, match="has no README.md"):
         read_model_card(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", ["a: [1", "- a", "model-index: 3", "model-index: [{name: x}]"])
+def test_card_whose_metadata_cannot_be_read(make_result, tiny_tokenizer, tmp_path, metadata):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\nOwn words.\n")
+    before = (tmp_path / "README.md").read_bytes()
+    with pytest.raises(ValueError, match="README.md has metadata that cannot be read"):
+        update_model_card(tmp_path, make_result({"psnr": 20.0}), tiny_tokenizer())
+    assert (tmp_path / "README.md").read_bytes() == before

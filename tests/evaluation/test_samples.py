@@ -1,5 +1,6 @@
 """Samples for figures: every image a function of seed and number, shards that an interrupted run adds to, the .npz."""
 
+import hashlib
 import io
 import json
 import os
@@ -14,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from softvq_hf.evaluation.samples import SampleFolder, draw_labels, generate_samples, image_generator
+from softvq_hf.evaluation.samples import SampleFolder, draw_labels, generate_samples, image_generator, plan_samples
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 
 
@@ -27,11 +27,13 @@ SETTINGS = {"num_images": 21, "seed": 3, "num_inference_steps": 2, "guidance_sca
 SCRIPT = """
 import json, sys
 from accelerate import Accelerator
-from softvq_hf.evaluation.samples import generate_samples
+from softvq_hf.evaluation.samples import generate_samples, plan_samples
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 
-pipeline, output_dir, settings = sys.argv[1:]
-generate_samples(SoftVQPipeline.from_pretrained(pipeline), output_dir, Accelerator(cpu=True), **json.loads(settings))
+pipeline, output_dir, batch_size, settings = sys.argv[1:]
+pipeline, accelerator = SoftVQPipeline.from_pretrained(pipeline), Accelerator(cpu=True)
+samples = plan_samples(pipeline, output_dir, accelerator, **json.loads(settings))
+generate_samples(pipeline, samples, accelerator, batch_size=int(batch_size))
 """
 
 
@@ -49,21 +51,17 @@ def random_pipeline(tiny_pipeline):
 
 
 @pytest.fixture
-def generate(tmp_path):
+def generate(tmp_path, fresh_accelerate):
     """Generates in this process: `generate(pipeline, "folder", **settings) -> SampleFolder`."""
 
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        GradientState._reset_state()
-
-    def run(pipeline, folder: str, mixed_precision: str = "no", **settings) -> SampleFolder:
-        reset()
+    def run(pipeline, folder: str, mixed_precision: str = "no", batch_size: int = 32, **settings) -> SampleFolder:
+        fresh_accelerate()
         accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
-        return generate_samples(pipeline, tmp_path / folder, accelerator, **{**SETTINGS, **settings})
+        samples = plan_samples(pipeline, tmp_path / folder, accelerator, **{**SETTINGS, **settings})
+        generate_samples(pipeline, samples, accelerator, batch_size=batch_size)
+        return samples
 
-    yield run
-    reset()
+    return run
 
 
 @pytest.fixture
@@ -72,11 +70,11 @@ def start_script(tmp_path, random_pipeline):
     random_pipeline().save_pretrained(tmp_path / "pipeline")
     (tmp_path / "generate.py").write_text(SCRIPT)
 
-    def start(folder: str, num_processes: int, **settings) -> subprocess.Popen:
+    def start(folder: str, num_processes: int, batch_size: int, **settings) -> subprocess.Popen:
         command = [sys.executable]
         if num_processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        command += [tmp_path / "generate.py", tmp_path / "pipeline", tmp_path / folder]
+        command += [tmp_path / "generate.py", tmp_path / "pipeline", tmp_path / folder, batch_size]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return subprocess.Popen([*map(str, command), json.dumps({**SETTINGS, **settings})], env=env)
 
@@ -154,7 +152,7 @@ def test_a_killed_run_goes_on(random_pipeline, generate, start_script, tmp_path)
     pipeline = random_pipeline()
     resumed, expected = generate(pipeline, "samples", **settings), generate(pipeline, "expected", **settings)
     assert {path.name: path.stat().st_mtime_ns for path in images.glob("*.npy") if path.name in there} == there
-    assert sorted(path.name for path in images.iterdir()) == [expected.path(shard).name for shard in range(50)]
+    assert sorted(path.name for path in images.glob("*.npy")) == [expected.path(shard).name for shard in range(50)]
     np.testing.assert_array_equal(read_images(resumed), read_images(expected))
 
 
@@ -167,6 +165,66 @@ def test_shards_that_are_missing_are_made_anew(random_pipeline, generate):
     kept = samples.path(2).stat().st_mtime_ns
     np.testing.assert_array_equal(read_images(generate(pipeline, "samples")), before)
     assert samples.path(2).stat().st_mtime_ns == kept
+
+
+def flip_a_pixel(path):
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 255
+    path.write_bytes(data)
+
+
+def make_an_archive(path):
+    with path.open("wb") as file:
+        np.savez(file, np.zeros((4, 16, 16, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_pixel,
+        make_an_archive,
+        lambda path: path.write_bytes(path.read_bytes()[:-5]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.with_suffix(".sha256").unlink(),
+        lambda path: path.with_suffix(".sha256").write_bytes(b"\xff"),
+    ],
+)
+def test_shards_that_are_damaged_are_made_anew(random_pipeline, generate, caplog, damage):
+    pipeline = random_pipeline()
+    samples = generate(pipeline, "samples")
+    before = read_images(samples).copy()
+    npz = samples.write_npz()
+    kept = samples.path(2).stat().st_mtime_ns
+    damage(samples.path(1))
+    with caplog.at_level("WARNING"):
+        samples = generate(pipeline, "samples")
+    (record,) = caplog.records
+    assert f"{samples.path(1)} is damaged: " in record.message and "It is made again." in record.message
+    np.testing.assert_array_equal(read_images(samples), before)
+    assert samples.path(2).stat().st_mtime_ns == kept
+    assert samples.path(1).stat().st_mtime_ns > npz.stat().st_mtime_ns  # so that the .npz is written again
+
+
+def test_checksums_are_those_of_sha256sum(random_pipeline, generate):
+    samples = generate(random_pipeline(), "samples")
+    line = samples.path(2).with_suffix(".sha256").read_text()
+    assert line == f"{hashlib.sha256(samples.path(2).read_bytes()).hexdigest()}  00002-of-00006.npy\n"
+
+
+@pytest.mark.parametrize("text", ["x{", "", "[]", "null", "3", b"\xff"])
+def test_a_damaged_plan_is_named(random_pipeline, generate, tmp_path, text):
+    samples = generate(random_pipeline(), "samples")
+    made = samples.path(0).stat().st_mtime_ns
+    path = tmp_path / "samples/plan.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match="samples/plan.json is damaged: .*Use another folder, or delete this one"):
+        generate(random_pipeline(), "samples")
+    assert samples.path(0).stat().st_mtime_ns == made
+
+
+def test_a_plan_makes_nothing(random_pipeline, accelerator, tmp_path):
+    samples = plan_samples(random_pipeline(), tmp_path / "samples", accelerator, **SETTINGS)
+    assert samples.num_images == 21 and not any((tmp_path / "samples").iterdir())
 
 
 def test_a_run_with_another_plan_is_refused(random_pipeline, generate, tmp_path):
@@ -210,7 +268,6 @@ def test_a_folder_that_was_moved_and_other_batches_go_on(random_pipeline, genera
     [
         ({"num_images": 0}, "`num_images` is 0, allowed: integers from 1 on."),
         ({"seed": -1}, "`seed` is -1, allowed: integers from 0 on."),
-        ({"batch_size": 0}, "`batch_size` is 0, allowed: integers from 1 on."),
         ({"shard_size": 0}, "`shard_size` is 0, allowed: integers from 1 on."),
         ({"labels": "uniform"}, "`labels` is 'uniform', allowed: 'iid', 'balanced'."),
         ({"rounding": "floor"}, "`rounding` is 'floor', allowed: 'round', 'truncate'."),
@@ -222,6 +279,12 @@ def test_wrong_arguments(random_pipeline, generate, tmp_path, arguments, message
     with pytest.raises(ValueError, match=message):
         generate(random_pipeline(), "samples", **arguments)
     assert not (tmp_path / "samples").exists()
+
+
+def test_wrong_batch_size(random_pipeline, generate, tmp_path):
+    with pytest.raises(ValueError, match="`batch_size` is 0, allowed: integers from 1 on."):
+        generate(random_pipeline(), "samples", batch_size=0)
+    assert not any((tmp_path / "samples").iterdir())
 
 
 def test_guidance_needs_a_null_class(random_pipeline, generate):
@@ -254,6 +317,9 @@ def test_a_damaged_shard_is_named(random_pipeline, generate):
     path = samples.path(2)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=f"{path.name} is damaged: .* Delete it"):
+        samples.read(2)
+    make_an_archive(path)
+    with pytest.raises(ValueError, match=f"{path.name} is damaged: the magic string"):
         samples.read(2)
     np.save(path, np.zeros((3, 16, 16, 3), np.uint8))
     with pytest.raises(ValueError, match=r"uint8 of shape \(3, 16, 16, 3\) in place of uint8 of shape \(4, 16"):
@@ -315,7 +381,22 @@ def test_npz(random_pipeline, generate):
     whole = io.BytesIO()
     np.savez(whole, images, samples.class_labels)
     assert path.stat().st_size <= len(whole.getvalue()) + 1024
-    assert not path.with_suffix(".unfinished").exists()
+    assert not list(path.parent.glob("*.unfinished"))
+
+
+def test_npz_that_is_there_is_written_again_for_new_shards_only(random_pipeline, generate):
+    pipeline = random_pipeline()
+    samples = generate(pipeline, "samples")
+    path = samples.write_npz()
+    written = path.stat().st_ino
+    samples.write_npz()
+    assert path.stat().st_ino == written
+    samples.path(3).unlink()
+    path.write_bytes(b"from before")
+    os.utime(path, ns=(0, samples.path(0).stat().st_mtime_ns))
+    generate(pipeline, "samples").write_npz()
+    with np.load(path) as archive:
+        np.testing.assert_array_equal(archive["arr_0"], read_images(samples))
 
 
 def test_batches(random_pipeline, generate):
@@ -341,4 +422,5 @@ def test_only_finished_files_have_their_names(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         samples.write(0, np.zeros((4, 2, 2, 3), np.uint8).view(Interrupted))
-    assert [Path(path).name for path in (tmp_path / "images").iterdir()] == ["00000-of-00001.unfinished"]
+    unfinished = f"00000-of-00001.{os.getpid()}.unfinished"  # another process has a file of its own
+    assert [Path(path).name for path in (tmp_path / "images").iterdir()] == [unfinished]

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -48,7 +47,8 @@ def test_any_batches_give_the_same(batch_size):
 def test_accepts_arrays_single_samples_and_other_integers():
     indices = torch.randint(0, 8, (4, 1, 5))
     expected = CodebookUsage(8).compute(predictions=indices)
-    assert CodebookUsage(8).compute(predictions=indices.numpy().astype(np.int32)) == expected
+    for dtype in ("int32", "uint16", "uint32", "uint64", ">i8"):
+        assert CodebookUsage(8).compute(predictions=indices.numpy().astype(dtype)) == expected
     metric = CodebookUsage(8)
     for sample in indices:
         metric.add(prediction=sample)
@@ -79,6 +79,13 @@ def test_refuses(predictions, message):
         metric.add_batch(predictions=predictions)
     # what was refused has left nothing behind
     assert metric.compute() == CodebookUsage(8, 2).compute(predictions=good)
+
+
+@pytest.mark.parametrize("size", ["a", 2.5, None, -1])
+@pytest.mark.parametrize("name", ["codebook_size", "num_codebooks"])
+def test_refuses_sizes_that_are_no_integers(name, size):
+    with pytest.raises(ValueError, match=f"`{name}` is {size!r}, allowed: integers from 1 on"):
+        CodebookUsage(**{"codebook_size": 4, "num_codebooks": 1, name: size})
 
 
 def test_refuses_references_and_nothing():

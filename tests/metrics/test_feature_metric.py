@@ -162,6 +162,12 @@ def test_images_of_another_range_are_refused_at_the_end(metric_name):
     assert metric.compute()["num_predictions"] == 91
 
 
+@pytest.mark.parametrize("extractor", [nn.Linear(2, 2), 3, ["inception"], torch.randn(4, 6)])
+def test_what_is_no_feature_extractor_is_refused(metric_name, extractor):
+    with pytest.raises(ValueError, match=f"`feature_extractor` is of type {type(extractor).__name__}, allowed"):
+        METRICS[metric_name](feature_extractor=extractor)
+
+
 def test_unknown_feature_extractor_is_refused(metric_name):
     with pytest.raises(OSError, match="no-such-folder"):
         METRICS[metric_name](feature_extractor="./no-such-folder")
@@ -190,13 +196,49 @@ def test_features_that_are_none_are_refused(metric_name, predictions, message):
     [
         (torch.arange(5), r"`indices` has shape \(5,\), allowed with 90 `predictions`: \(90,\)"),
         (-torch.arange(90), "`indices` holds -89"),
-        (torch.arange(90) / 2, "of dtype float32, allowed: integers"),
+        (torch.arange(90) / 2, "has dtype float32, allowed: integers"),
+        (torch.arange(90).bfloat16(), "`indices` cannot be read as numbers"),
+        ([str(i) for i in range(90)], "has dtype <U2, allowed: integers"),
+        ([2**70] * 90, "has dtype object, allowed: integers"),
+        ([True] * 90, "has dtype bool, allowed: integers"),
+        (np.full(90, 2**63, np.uint64), r"`indices` holds .*, allowed: 0 to 2 \*\* 63 - 1"),
+        ([[0, 1], [0]], "`indices` cannot be read as numbers"),
     ],
 )
 @pytest.mark.parametrize("name", ["inception_score", "kernel_distance", "precision_recall"])
 def test_bad_indices_are_refused(name, features, indices, message):
     with pytest.raises(ValueError, match=message):
         METRICS[name]().add_batch(**sides(name, *features), indices=indices)
+
+
+@pytest.mark.parametrize("make", [list, lambda indices: indices.astype(np.uint16), lambda i: i.astype(">i4")])
+@pytest.mark.parametrize("name", ["inception_score", "kernel_distance", "precision_recall"])
+def test_indices_of_any_integers(name, features, make):
+    indices = np.arange(90)[::-1]
+    expected = METRICS[name]().compute(**sides(name, *features), indices=indices)
+    assert METRICS[name]().compute(**sides(name, *features), indices=make(indices)) == expected
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e9])
+@pytest.mark.parametrize("metric_name", TWO_SIDED)
+def test_float64_features_keep_their_differences(metric_name, features, offset):
+    """Beside an offset of 1e9 float32 has steps of 64."""
+    predictions, references = (side.double() for side in features)
+    expected = METRICS[metric_name]().compute(predictions=predictions, references=references)
+    metric = METRICS[metric_name]()
+    if metric_name == "kernel_distance":  # the kernel grows with the offset: compare with its definition in float64
+        result = metric.compute(predictions=predictions + offset, references=references)
+        float32 = metric.compute(predictions=(predictions + offset).float(), references=references)
+        assert offset == 0 or result["kernel_distance"] != float32["kernel_distance"]
+    else:
+        result = metric.compute(predictions=predictions + offset, references=references + offset)
+        assert result == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_too_large_for_any_figure_are_an_error(metric_name, features):
+    predictions, references = (side.double() * 1e308 / side.abs().max() for side in features)
+    with pytest.raises(ValueError, match="not finite"):
+        METRICS[metric_name]().compute(**sides(metric_name, predictions, references))
 
 
 @pytest.mark.parametrize("name", ["kernel_distance", "precision_recall"])
@@ -247,7 +289,7 @@ def test_missing_side_is_an_error_and_nothing_is_forgotten(metric_name, features
     metric = METRICS[metric_name]()
     if metric_name != "inception_score":
         metric.add_batch(references=features[1])
-    with pytest.raises(ValueError, match="`predictions` had 0 sample|`num_splits` is 3"):
+    with pytest.raises(ValueError, match="`predictions` has 0 sample|`num_splits` is 3"):
         metric.compute()
     metric.add_batch(predictions=features[0])
     assert metric.compute() == METRICS[metric_name]().compute(**sides(metric_name, *features))

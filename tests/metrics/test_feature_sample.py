@@ -84,6 +84,20 @@ def test_order_of_a_full_sample_does_not_follow_the_indices(numbered):
     assert abs(np.corrcoef(order, np.arange(300))[0, 1]) < 0.2
 
 
+def test_float64_stays_float64_in_any_order(numbered):
+    features, indices = numbered
+    assert collect(features.half(), indices, 50, 20).features().dtype == torch.float32
+    precise = features.double() + 1e12 + 1e-3
+    sample = collect(precise, indices, 7, 20)
+    assert sample.features().dtype == torch.float64
+    assert torch.equal(sample.features(), collect(features, indices, 7, 20).features().double() + 1e12 + 1e-3)
+    for first, last in [(features, precise), (precise, features)]:
+        mixed = collect(first[:150], indices[:150], 7, 300)
+        mixed.merge(pickle.loads(pickle.dumps(collect(last[150:], indices[150:], 7, 300))))
+        expected = torch.cat([first[:150].double(), last[150:].double()])
+        assert torch.equal(mixed.features().sort(0).values, expected.sort(0).values)
+
+
 def test_memory_is_bounded():
     sizes = []
     for count in (100, 10_000):

@@ -1,9 +1,11 @@
 """Feature extractors: Inception as torch-fidelity has it, and models of transformers."""
 
 import email.message
+import hashlib
 import io
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -86,7 +88,23 @@ def test_inception_is_that_of_torch_fidelity(inception_weights, images):
     assert features.std() > 0.01 and logits.std() > 0.01 and output.spatial_features.std() > 0.01
     sizes = (extractor.num_features, extractor.num_spatial_features, extractor.num_classes)
     assert sizes == (2048, 2023, 1008)
-    assert extractor.label == "Inception"
+
+
+@pytest.mark.parametrize("is_published", [False, True])
+@pytest.mark.parametrize("source", ["weights_path", "cache"])
+def test_only_the_published_weights_are_called_inception(
+    source, is_published, inception_weights, tmp_path, monkeypatch
+):
+    """Wherever the file came from."""
+    sha256 = hashlib.sha256(pathlib.Path(inception_weights).read_bytes()).hexdigest()
+    url = URL_INCEPTION_V3.replace("6726825d", sha256[:8]) if is_published else URL_INCEPTION_V3
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3", url)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    if source == "cache":
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / url.rsplit("/", 1)[1]).symlink_to(inception_weights)
+    extractor = load_feature_extractor("inception", weights_path=None if source == "cache" else inception_weights)
+    assert extractor.label == ("Inception" if is_published else f"Inception with weights {sha256[:8]}")
 
 
 def test_inception_describes_its_weights(inception_weights, tmp_path):
@@ -160,6 +178,7 @@ def test_inception_executes_nothing_of_a_file(tmp_path):
         ({"fc.bias": torch.zeros(1008)}, "(?s)are not those of torch-fidelity's Inception-v3: .*Missing key"),
         ([torch.zeros(1)], "holds no state dict"),
         ({"epoch": 3}, "holds no state dict"),
+        ({1: torch.zeros(1)}, "holds no state dict"),
     ],
 )
 def test_inception_refuses_other_files(content, message, tmp_path):
@@ -172,8 +191,13 @@ def test_inception_refuses_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="`weights_path` is .*nowhere.pth', allowed: an existing file"):
         InceptionFeatureExtractor(tmp_path / "nowhere.pth")
     (tmp_path / "broken.pth").write_bytes(b"<html>404</html>")
+    whole = io.BytesIO()
+    torch.save({"fc.bias": torch.zeros(3)}, whole, _use_new_zipfile_serialization=False)
+    junk = {"tensors": whole.getvalue()[:-8], "short": b"\x80\x02M", "empty": b"", "text": b"\x80\x02X\x01\0\0\0\xff."}
+    for name, content in junk.items():
+        (tmp_path / f"{name}.pth").write_bytes(content)
     (tmp_path / "broken.safetensors").write_bytes(b"<html>404</html>")
-    for name in ("broken.pth", "broken.safetensors"):
+    for name in ("broken.pth", "broken.safetensors", *(f"{name}.pth" for name in junk)):
         with pytest.raises(ValueError, match=f"{name}' cannot be read"):
             InceptionFeatureExtractor(tmp_path / name)
 
@@ -392,3 +416,14 @@ def test_classifiers_without_a_last_layer_are_refused(tmp_path):
 def test_weights_path_is_for_inception_only(classifier_dir):
     with pytest.raises(ValueError, match="`weights_path` is 'file.pth', allowed: None for 'dinov2'"):
         load_feature_extractor("dinov2", weights_path="file.pth")
+
+
+def test_code_of_a_model_is_not_executed(classifier_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *args: "y")  # transformers asks, unless it is told
+    (pathlib.Path(classifier_dir) / "config.json").write_text(
+        json.dumps({"model_type": "other", "auto_map": {"AutoConfig": "code.OtherConfig"}})
+    )
+    (pathlib.Path(classifier_dir) / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    with pytest.raises(ValueError, match="custom code"):
+        load_feature_extractor(classifier_dir)
+    assert not (tmp_path / "executed").exists()

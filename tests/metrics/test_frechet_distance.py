@@ -87,7 +87,7 @@ def test_reference_of_unknown_count(features):
 def test_one_sample_is_an_error(features, side):
     batch = {"predictions": features[0], "references": features[1]}
     batch[side] = batch[side][:1]
-    with pytest.raises(ValueError, match=rf"`{side}` had 1 sample\(s\), allowed: 2 or more"):
+    with pytest.raises(ValueError, match=rf"`{side}` has 1 sample\(s\), allowed: 2 or more"):
         FrechetDistance().compute(**batch)
 
 
@@ -100,3 +100,9 @@ def test_fewer_samples_than_features_are_told(features, num_samples, caplog):
         assert "32 predictions for 32 features" in caplog.text
     else:
         assert not caplog.records
+
+
+@pytest.mark.parametrize("reference", ["statistics.npz", 3, (torch.zeros(6), torch.eye(6))])
+def test_reference_of_another_type_is_refused(reference):
+    with pytest.raises(ValueError, match=f"`reference` is of type {type(reference).__name__}, allowed"):
+        FrechetDistance(reference=reference)

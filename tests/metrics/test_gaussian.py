@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from softvq_hf.metrics.gaussian import GaussianAccumulator, GaussianStatistics, frechet_distance
 
@@ -164,7 +165,7 @@ def test_covariance_with_a_negative_eigenvalue_is_refused():
         (torch.zeros(2), [[1.0, 0.0], [0.0, -1.0]], "holds the variance -1"),
     ],
 )
-def test_statistics_that_are_none_are_refused(mean, covariance, message):
+def test_statistics_that_are_not_valid_are_refused(mean, covariance, message):
     with pytest.raises(ValueError, match=message):
         GaussianStatistics(10, mean, covariance)
 
@@ -174,3 +175,46 @@ def test_statistics_take_float32_arrays_with_their_rounding():
     statistics = GaussianStatistics(None, np.zeros(4, np.float32), covariance.astype(np.float32))
     assert statistics.mean.dtype == statistics.covariance.dtype == torch.float64
     assert frechet_distance(statistics, GaussianStatistics(100, torch.zeros(4), covariance)) < 1e-12
+
+
+@pytest.mark.parametrize("batch_size", [1, 100, 511, 512, 513, 1300])
+def test_blocks_give_what_numpy_gives(batch_size):
+    """More samples than wait for each other."""
+    features = 10 + torch.randn(1300, 6, dtype=torch.float64)
+    statistics = accumulate(features, batch_size).statistics()
+    np.testing.assert_allclose(statistics.mean, features.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-10, atol=1e-12)
+
+
+class ProductCounter(TorchDispatchMode):
+    """How many matrix products there are."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+def test_small_batches_are_multiplied_together():
+    features = torch.randn(1100, 3)
+    with ProductCounter() as counter:
+        accumulate(features, 1).statistics()
+    assert counter.count == 3
+
+
+def test_waiting_features_are_copies():
+    features = torch.randn(20, 3, dtype=torch.float64)
+    expected = gaussian(features.clone())
+    accumulator = accumulate(features, 5)
+    features.zero_()
+    assert torch.equal(accumulator.statistics().mean, expected.mean)
+
+
+def test_pickles_have_the_features_that_wait():
+    features = torch.randn(20, 3)
+    accumulator = pickle.loads(pickle.dumps(accumulate(features, 5)))
+    accumulator.update(features + 1)
+    expected = gaussian(torch.cat([features, features + 1]))
+    assert accumulator.count == 40
+    np.testing.assert_allclose(accumulator.statistics().covariance, expected.covariance, atol=1e-12)

@@ -64,7 +64,7 @@ def test_extreme_logits_are_finite():
 
 
 def test_fewer_samples_than_splits_are_an_error():
-    with pytest.raises(ValueError, match=r"`num_splits` is 10, and no sample of the 7 is in the splits \[7, 8, 9\]"):
+    with pytest.raises(ValueError, match=r"`num_splits` is 10, allowed with 7 sample\(s\): at most as many"):
         InceptionScore().compute(predictions=torch.randn(7, 5))
 
 
@@ -74,9 +74,15 @@ def test_bad_num_splits_is_refused(num_splits):
         InceptionScore(num_splits=num_splits)
 
 
-def test_probabilities_are_refused():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [2, 1000])
+def test_probabilities_are_refused(num_classes, dtype):
     with pytest.raises(ValueError, match="`predictions` looks like probabilities"):
-        InceptionScore().add_batch(predictions=torch.randn(4, 1000).softmax(1))
+        InceptionScore().add_batch(predictions=(3 * torch.randn(16, num_classes)).softmax(1).to(dtype))
+
+
+def test_logits_that_nearly_sum_to_1_are_taken():
+    InceptionScore(num_splits=1).compute(predictions=torch.tensor([[0.5, 0.505], [0.2, 0.805]]))
 
 
 def test_one_class_is_refused():
@@ -95,3 +101,14 @@ def test_one_class_is_refused():
 def test_references_are_refused_and_predictions_needed(batch, message):
     with pytest.raises(ValueError, match=message):
         InceptionScore().add_batch(**batch)
+
+
+def test_splits_that_are_empty_are_left_out():
+    """As where images could not be read: their indices are missing."""
+    logits = 3 * torch.randn(60, 12)
+    indices = torch.arange(80)[torch.arange(80) % 4 != 1]
+    result = InceptionScore(num_splits=4).compute(predictions=logits, indices=indices)
+    expected = isc_features_to_metric(torch.cat([logits[split::3] for split in range(3)]), splits=3, shuffle=False)
+    assert result["inception_score"] == pytest.approx(expected[KEY_METRIC_ISC_MEAN], rel=1e-12)
+    assert result["inception_score_std"] == pytest.approx(expected[KEY_METRIC_ISC_STD], rel=1e-9)
+    assert result["num_predictions"] == 60

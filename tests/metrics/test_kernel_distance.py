@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from softvq_hf.metrics.kernel_distance import KernelDistance
+from softvq_hf.metrics.kernel_distance import KernelDistance, kernel_distance
 
 
 class Identity(nn.Identity):
@@ -89,7 +90,7 @@ def test_capacity_chooses_features(features):
 def test_fewer_samples_than_a_subset_are_an_error(features, side):
     batch = {"predictions": features[0], "references": features[1]}
     batch[side] = batch[side][:99]
-    with pytest.raises(ValueError, match=rf"`{side}` had 99 sample\(s\), allowed with `subset_size` 100: 100 or more"):
+    with pytest.raises(ValueError, match=rf"`{side}` has 99 sample\(s\), allowed with `subset_size` 100: 100 or more"):
         KernelDistance(subset_size=100).compute(**batch)
 
 
@@ -97,7 +98,7 @@ def test_fewer_samples_than_a_subset_are_an_error(features, side):
     ("options", "message"),
     [
         ({"num_subsets": 0}, "`num_subsets` is 0, allowed: integers from 1 on"),
-        ({"subset_size": 1}, "`subset_size` is 1, allowed: integers from 2 to `capacity`, 50000"),
+        ({"subset_size": 1}, "`subset_size` is 1, allowed: integers from 2 on"),
         ({"subset_size": 20, "capacity": 10}, "`subset_size` is 20, allowed: integers from 2 to `capacity`, 10"),
         ({"capacity": 0}, "`capacity` is 0"),
         ({"seed": -1}, "`seed` is -1"),
@@ -106,3 +107,50 @@ def test_fewer_samples_than_a_subset_are_an_error(features, side):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         KernelDistance(**options)
+
+
+def test_function_equals_torch_fidelity_in_float64(features):
+    predictions, references = features[0], features[1][:200]
+    expected = kid_features_to_metric(
+        predictions.double(), references.double(), kid_subsets=7, kid_subset_size=50, rng_seed=3, verbose=False
+    )
+    result = kernel_distance(predictions, references, num_subsets=7, subset_size=50, seed=3)
+    assert result == pytest.approx((expected[KEY_METRIC_KID_MEAN], expected[KEY_METRIC_KID_STD]), rel=1e-9)
+    metric = KernelDistance(num_subsets=7, subset_size=300, seed=3)
+    result = metric.compute(predictions=features[0], references=features[1])
+    expected = kernel_distance(*features, num_subsets=7, subset_size=300)  # all samples: the order does not count
+    assert result["kernel_distance"] == pytest.approx(expected[0], rel=1e-9)
+
+
+class LargestFloat64(TorchDispatchMode):
+    """Elements of the largest tensor of float64 that an operation gives."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.dtype == torch.float64:
+            self.size = max(self.size, output.numel())
+        return output
+
+
+def test_only_a_subset_at_a_time_is_in_float64(features):
+    with LargestFloat64() as largest:
+        kernel_distance(*features, num_subsets=2, subset_size=20)
+    assert largest.size == 20 * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_subsets": 0}, "`num_subsets` is 0, allowed: integers from 1 on"),
+        ({"subset_size": 1}, "`subset_size` is 1, allowed: integers from 2 on"),
+        ({"predictions": torch.randn(30)}, r"`predictions` has shape \(30,\)"),
+        ({"predictions": torch.randn(30, 5)}, "`predictions` has 5 features per sample, allowed .*: 16"),
+        ({"references": torch.randn(19, 16)}, r"`references` has 19 sample\(s\), allowed with `subset_size` 20: 20"),
+    ],
+)
+def test_function_refuses(features, change, message):
+    arguments = {"predictions": features[0], "references": features[1], "subset_size": 20, **change}
+    with pytest.raises(ValueError, match=message):
+        kernel_distance(**arguments)

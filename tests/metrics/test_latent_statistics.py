@@ -160,3 +160,8 @@ def test_another_shape_after_computing(latents):
     metric = LatentStatistics()
     metric.compute(predictions=latents)
     assert metric.compute(predictions=latents[:, :2])["num_tokens"] == 80
+
+
+def test_latents_too_large_for_their_moments_are_an_error():
+    with pytest.raises(ValueError, match="The fourth moment of `predictions` is not finite"):
+        LatentStatistics().compute(predictions=1e100 * torch.randn(3, 4, 2, dtype=torch.float64))

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ METRICS = {
 def modules_cache(tmp_path, monkeypatch) -> None:
     """An empty cache for the modules that `evaluate` loads."""
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not Path(folder, "evaluate_modules").is_dir()])
     for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -96,3 +97,31 @@ def test_the_last_batch_may_come_with_compute(name, constructor_arguments):
     metric = metric_classes(FOLDER / f"{name}.py")[0](**constructor_arguments[name])
     metric.add_batch(**batch)
     assert metric.compute() == metric.compute(**batch)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_misspelt_arguments_are_refused(name, modules_cache, constructor_arguments):
+    arguments = {**constructor_arguments[name], "roundin": "truncate"}
+    message = r"has no argument `roundin`, allowed: .*`cache_dir`"
+    with pytest.raises(ValueError, match=message):
+        metric_classes(FOLDER / f"{name}.py")[0](**arguments)
+    with pytest.raises(ValueError, match=message):
+        evaluate.load(str(FOLDER / f"{name}.py"), **arguments)
+
+
+def test_arguments_of_evaluate_are_accepted(tmp_path):
+    metric = metrics.PSNR(
+        config_name="name", keep_in_memory=True, cache_dir=str(tmp_path), experiment_id="first", seed=3, timeout=1
+    )
+    assert (metric.config_name, metric.experiment_id, metric.seed) == ("name", "first", 3)
+    with pytest.raises(ValueError, match="allowed: `rounding`, `config_name`"):
+        metrics.PSNR(rounding_mode="truncate")
+
+
+def test_importing_the_metrics_does_not_load_their_networks():
+    """transformers is loaded by `evaluate`, its models only by the extractors that need them."""
+    code = "import sys, softvq_hf.metrics; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(output.split())
+    assert "softvq_hf.metrics.features" in loaded
+    assert not loaded & {"torch_fidelity", "lpips", "transformers.models.bit.image_processing_bit"}

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from softvq_hf.metrics.precision_recall import PrecisionRecall
+from softvq_hf.metrics.precision_recall import PrecisionRecall, precision_recall
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_capacity_chooses_features(features):
 def test_fewer_samples_than_neighbors_are_an_error(features, side):
     batch = {"predictions": features[0], "references": features[1]}
     batch[side] = batch[side][:3]
-    with pytest.raises(ValueError, match=rf"`{side}` had 3 sample\(s\), allowed with `num_neighbors` 3: 4 or more"):
+    with pytest.raises(ValueError, match=rf"`{side}` has 3 sample\(s\), allowed with `num_neighbors` 3: 4 or more"):
         PrecisionRecall().compute(**batch)
 
 
@@ -99,3 +100,43 @@ def test_fewer_samples_than_neighbors_are_an_error(features, side):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PrecisionRecall(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_function_equals_the_metric(features, dtype):
+    assert precision_recall(*(side.to(dtype) for side in features), num_neighbors=5) == pytest.approx(
+        compute(*features, num_neighbors=5), abs=1e-6
+    )
+
+
+class Float64Recorder(TorchDispatchMode):
+    """Shapes of the tensors of float64 that operations give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.dtype == torch.float64:
+            self.shapes.add(tuple(output.shape))
+        return output
+
+
+def test_features_are_not_copied_to_float64(features):
+    with Float64Recorder() as recorder:
+        precision_recall(*features)
+    assert recorder.shapes <= {(4,)}  # their mean
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_neighbors": 0}, "`num_neighbors` is 0, allowed: integers from 1 on"),
+        ({"references": torch.randn(3, 4)}, r"`references` has 3 sample\(s\), allowed with `num_neighbors` 3: 4"),
+        ({"references": torch.randn(9, 5)}, "`predictions` has 4 features per sample, allowed .*: 5"),
+    ],
+)
+def test_function_refuses(features, change, message):
+    with pytest.raises(ValueError, match=message):
+        precision_recall(**{"predictions": features[0], "references": features[1], **change})

@@ -75,6 +75,10 @@ def test_2d_latents():
     assert rate(vae.config) == rate(vae.config, (32, 32))
     with pytest.raises(ValueError, match="`image_size` is 32 x 30, allowed for this tokenizer: multiples of 4"):
         rate(vae.config, (32, 30))
+    with pytest.raises(
+        ValueError, match="`sample_size` of `config` is 30 x 30, allowed for this tokenizer: multiples"
+    ):
+        rate({**vae.config, "sample_size": 30})
 
 
 def test_sizes_that_are_not_square():

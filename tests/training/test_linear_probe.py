@@ -80,6 +80,14 @@ def pooled(folder: Path, pooling: str) -> tuple[np.ndarray, np.ndarray]:
     return (latents.mean(1) if pooling == "mean" else latents.flatten(1)).numpy(), labels
 
 
+def test_knn_at_a_low_temperature_is_the_nearest_neighbour(flags, run_main, tmp_path):
+    accuracies = []
+    for name, options in {"cold": ["--temperature=1e-40"], "nearest": ["--num_neighbors=1"]}.items():
+        run_main("linear_probe", *flags, "--method=knn", *options, f"--output_dir={tmp_path / name}")
+        accuracies.append(read_result(tmp_path / name)["metrics"]["top1_accuracy"])
+    assert accuracies[0] == accuracies[1] < 1
+
+
 @pytest.mark.parametrize("pooling, num_features", [("mean", CHANNELS), ("flatten", TOKENS * CHANNELS)])
 def test_neighbours_are_those_of_scikit_learn(run_main, flags, tmp_path, pooling, num_features):
     knn = ["--method=knn", "--num_neighbors=5", "--temperature=0.2", "--global_batch_size=7"]
@@ -177,6 +185,19 @@ def test_the_same_split_is_noted(run_main, flags, tmp_path):
 def test_refuses_arguments(run_main, flags, tmp_path, flag, message):
     with pytest.raises(ValueError, match=message):
         run_main("linear_probe", *flags, f"--output_dir={tmp_path}", flag)
+
+
+@pytest.mark.parametrize(
+    "method, given, message",
+    [
+        ("linear", ["--num_neighbors=5"], "`--method` is 'linear', which takes no `--num_neighbors`; `--method knn`"),
+        ("knn", ["--learning_rate=0.2"], "`--method` is 'knn', which takes no `--learning_rate`; `--method linear`"),
+        ("knn", ["--num_train_epochs=20", "--seed=1"], "takes no `--num_train_epochs` and no `--seed`;"),
+    ],
+)
+def test_refuses_arguments_of_the_other_method(run_main, flags, tmp_path, method, given, message):
+    with pytest.raises(ValueError, match=message):
+        run_main("linear_probe", *flags, f"--method={method}", *given, f"--output_dir={tmp_path}")
 
 
 def test_refuses_more_neighbours_than_latents(run_main, flags, tmp_path):

@@ -3,10 +3,15 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch.utils.data import Dataset
 
 from softvq_hf.data import load_image_dataset
-from softvq_hf.metrics.images import ROUNDINGS
+from softvq_hf.metrics.features import FeatureExtractor, FeatureWeightsUnavailable, load_feature_extractor
+from softvq_hf.metrics.images import ROUNDINGS, check_rounding
+
+
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
 
 
 @dataclass(kw_only=True)
@@ -77,6 +82,25 @@ class EvaluationDataArguments:
 
 
 @dataclass(kw_only=True)
+class TokenizerArguments:
+    """A tokenizer and the size of its images. `__post_init__` raises `ValueError` for values that cannot work."""
+
+    model: str = field(
+        metadata={"help": "Tokenizer, AutoencoderSoftVQ or diffusers' AutoencoderKL: a local folder or a Hub id."}
+    )
+    subfolder: str | None = field(
+        default=None, metadata={"help": "Folder of the tokenizer inside of --model: 'vae' in a pipeline."}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the images in pixels; by default what the tokenizer takes."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"`--resolution` is {self.resolution}, allowed: integers from 1 on.")
+
+
+@dataclass(kw_only=True)
 class FeatureArguments:
     """Networks whose features are compared. `__post_init__` raises `ValueError` for values that cannot work."""
 
@@ -107,6 +131,43 @@ class FeatureArguments:
         if self.inception_weights is not None and not Path(self.inception_weights).is_file():
             raise ValueError(f"`--inception_weights` is {self.inception_weights!r}, allowed: a file that exists.")
 
+    def load_feature_extractors(self, device: torch.device) -> list[FeatureExtractor]:
+        """
+        The networks, in the order of their names; an empty list for "none".
+
+        Args:
+            device (`torch.device`): Where they go.
+
+        Raises:
+            ValueError: If one is no such network, or two would have the same label.
+            OSError: If weights are missing and cannot be downloaded.
+        """
+        extractors = []
+        for name in self.feature_extractor:
+            if name == "none":
+                continue
+            weights_path = self.inception_weights if name == "inception" else None
+            try:
+                extractor = load_feature_extractor(name, weights_path=weights_path)
+            except FeatureWeightsUnavailable as error:
+                raise FeatureWeightsUnavailable(
+                    f"{error} For an evaluation that is `--inception_weights`; `--feature_extractor none` does"
+                    " without."
+                ) from error
+            if name != "inception" and extractor.label == "Inception":
+                raise ValueError(
+                    f"`--feature_extractor` is {name!r}, allowed: another name of the folder. Figures are called after"
+                    " it, and those of Inception belong to one network."
+                )
+            extractors.append(extractor.to(device))
+        labels = [extractor.label for extractor in extractors]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"`--feature_extractor` is {' '.join(self.feature_extractor)}, whose figures would be called after"
+                f" {', '.join(labels)}, allowed: networks of different names."
+            )
+        return extractors
+
 
 @dataclass(kw_only=True)
 class EvaluationArguments(FeatureArguments):
@@ -114,13 +175,13 @@ class EvaluationArguments(FeatureArguments):
 
     batch_size: int = field(default=32, metadata={"help": "Images per process and forward pass."})
     mixed_precision: str = field(
-        default="no", metadata={"help": "Autocast dtype of the model.", "choices": ["no", "fp16", "bf16"]}
+        default="no", metadata={"help": "Autocast dtype of the model.", "choices": list(MIXED_PRECISIONS)}
     )
     rounding: str = field(
         default="round",
         metadata={
             "help": "How the model's images become 8-bit ones: to the nearest value, or truncate, which the official"
-            " scripts do.",
+            " sampling scripts of SiT and DiT do.",
             "choices": list(ROUNDINGS),
         },
     )
@@ -133,3 +194,13 @@ class EvaluationArguments(FeatureArguments):
         super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"`--batch_size` is {self.batch_size}, allowed: integers from 1 on.")
+        if self.mixed_precision not in MIXED_PRECISIONS:
+            raise ValueError(
+                f"`--mixed_precision` is {self.mixed_precision!r}, allowed: {', '.join(MIXED_PRECISIONS)}."
+            )
+        check_rounding(self.rounding)
+
+    def precision_in_words(self) -> str:
+        """How the model computes and its images become 8-bit ones, for the name of a protocol."""
+        rounding = {"round": "rounded", "truncate": "truncated"}[self.rounding]
+        return f"{rounding} to 8 bits" + ("" if self.mixed_precision == "no" else f", {self.mixed_precision}")

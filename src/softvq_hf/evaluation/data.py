@@ -1,6 +1,6 @@
 """Images of a data set in batches, shared out over the processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,21 @@ def image_batches(
             batch["indices"] = indices[batch.pop("readable")]
             yield batch
             progress.update(len(indices))
+
+
+def unreadable_notes(image_ids: Sequence[str]) -> list[str]:
+    """
+    What the notes of a record say about images that could not be read.
+
+    Args:
+        image_ids (`Sequence[str]`): Those images of all processes, from `unreadable` of [`image_batches`].
+
+    Returns:
+        `list[str]`: one note, or none where all images could be read.
+    """
+    if not image_ids:
+        return []
+    return [f"{len(image_ids)} images could not be read and are left out: {', '.join(sorted(image_ids))}."]
 
 
 def to_8_bit(pixel_values: torch.Tensor, rounding: str) -> torch.Tensor:

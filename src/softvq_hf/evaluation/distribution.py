@@ -3,14 +3,15 @@
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
+from softvq_hf.evaluation.accelerator import merge_over_processes
 from softvq_hf.evaluation.reference import Reference
+from softvq_hf.metrics.feature_sample import FeatureSample
 from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.metrics.frechet_distance import FrechetDistance
 from softvq_hf.metrics.inception_score import InceptionScore
-from softvq_hf.metrics.kernel_distance import KernelDistance
-from softvq_hf.metrics.precision_recall import PrecisionRecall
+from softvq_hf.metrics.kernel_distance import kernel_distance
+from softvq_hf.metrics.precision_recall import precision_recall
 
 
 # What the figures are called: those of Inception have the names of the literature, which belong to no other network.
@@ -30,18 +31,20 @@ class DistributionMetrics:
     Fréchet distance, its spatial form, Inception score, kernel distance, precision and recall by one network, which
     looks at every image once.
 
-    Memory does not grow with the number of images. With the about 2048 features of Inception: 34 MB for each of up to
-    four covariances, and for the kernel distance and for precision and recall up to `capacity` features each of
-    either side, 1.6 GB in all at 50 000.
+    Memory does not grow with the number of images. With the about 2048 features of Inception a process holds 34 MB for
+    each of up to four covariances, and up to `capacity` features of either side: 0.8 GB for 50 000 of both. In
+    [`~DistributionMetrics.compute`] every process has the features of all processes, up to three times: 2.5 GB there,
+    and 0.4 GB of distances.
 
     Args:
         extractor ([`FeatureExtractor`]): The network.
         reference ([`Reference`], *optional*): What predictions are compared with; without it, `references` are added.
         num_splits (`int`, *optional*, defaults to 10): As in [`InceptionScore`].
-        num_subsets (`int`, *optional*, defaults to 100): As in [`KernelDistance`].
-        subset_size (`int`, *optional*, defaults to 1000): As in [`KernelDistance`].
-        num_neighbors (`int`, *optional*, defaults to 3): As in [`PrecisionRecall`].
-        capacity (`int`, *optional*, defaults to 50000): Features of either side that are kept for those two.
+        num_subsets (`int`, *optional*, defaults to 100): As in [`kernel_distance`].
+        subset_size (`int`, *optional*, defaults to 1000): As in [`kernel_distance`].
+        num_neighbors (`int`, *optional*, defaults to 3): As in [`precision_recall`].
+        capacity (`int`, *optional*, defaults to 50000):
+            Features of either side that these two look at, a uniform sample; see [`FeatureSample`].
     """
 
     def __init__(
@@ -57,13 +60,21 @@ class DistributionMetrics:
     ) -> None:
         self.extractor = extractor
         self.reference = reference
-        self.frechet_distance = FrechetDistance(reference=None if reference is None else reference.statistics)
-        self.spatial_frechet_distance = FrechetDistance(
-            reference=None if reference is None else reference.spatial_statistics
-        )
-        self.inception_score = InceptionScore(num_splits=num_splits)
-        self.kernel_distance = KernelDistance(num_subsets=num_subsets, subset_size=subset_size, capacity=capacity)
-        self.precision_recall = PrecisionRecall(num_neighbors=num_neighbors, capacity=capacity)
+        self.num_splits = num_splits
+        self.num_subsets = num_subsets
+        self.subset_size = subset_size
+        self.num_neighbors = num_neighbors
+        self.capacity = capacity
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start from no image."""
+        statistics = None if self.reference is None else self.reference.statistics
+        spatial_statistics = None if self.reference is None else self.reference.spatial_statistics
+        self.frechet_distance = FrechetDistance(reference=statistics)
+        self.spatial_frechet_distance = FrechetDistance(reference=spatial_statistics)
+        self.inception_score = InceptionScore(num_splits=self.num_splits)
+        self.samples = {side: FeatureSample(self.capacity) for side in ("predictions", "references")}
 
     def add(
         self,
@@ -85,22 +96,17 @@ class DistributionMetrics:
         """
         if references is not None and self.reference is not None:
             raise ValueError("`references` are given to metrics that have a `reference`, allowed: one of them.")
-        if predictions is not None:
-            found = self.extractor(predictions)
-            self.frechet_distance.add_batch(predictions=found.features)
-            self.kernel_distance.add_batch(predictions=found.features, indices=indices)
-            self.precision_recall.add_batch(predictions=found.features, indices=indices)
+        for side, images in (("predictions", predictions), ("references", references)):
+            if images is None:
+                continue
+            found = self.extractor(images)
+            features = found.features.cpu()
+            self.frechet_distance.add_batch(**{side: features})
+            self.samples[side].update(features, indices.numpy())
             if found.spatial_features is not None:
-                self.spatial_frechet_distance.add_batch(predictions=found.spatial_features)
-            if found.logits is not None:
-                self.inception_score.add_batch(predictions=found.logits, indices=indices)
-        if references is not None:
-            found = self.extractor(references)
-            self.frechet_distance.add_batch(references=found.features)
-            self.kernel_distance.add_batch(references=found.features, indices=indices)
-            self.precision_recall.add_batch(references=found.features, indices=indices)
-            if found.spatial_features is not None:
-                self.spatial_frechet_distance.add_batch(references=found.spatial_features)
+                self.spatial_frechet_distance.add_batch(**{side: found.spatial_features.cpu()})
+            if found.logits is not None and side == "predictions":
+                self.inception_score.add_batch(predictions=found.logits.cpu(), indices=indices)
 
     def compute(self) -> dict[str, Any]:
         """
@@ -139,44 +145,37 @@ class DistributionMetrics:
         figures |= {"classifier_score": None, "classifier_score_std": None}
         if self.extractor.num_classes is None:
             notes.append("No classifier score: the network gives no logits.")
-        elif num_predictions < self.inception_score.num_splits:
-            notes.append(
-                f"No classifier score: {num_predictions} images are fewer than {self.inception_score.num_splits}"
-                " splits."
-            )
+        elif num_predictions < self.num_splits:
+            notes.append(f"No classifier score: {num_predictions} images are fewer than {self.num_splits} splits.")
         else:
             score = self.inception_score.compute()
             figures["classifier_score"] = score["inception_score"]
             figures["classifier_score_std"] = score["inception_score_std"]
 
         figures |= {"kernel_distance": None, "kernel_distance_std": None, "precision": None, "recall": None}
-        num_reference_features = num_references
-        if self.reference is not None:
-            num_reference_features = 0 if self.reference.features is None else len(self.reference.features)
-        if num_reference_features == 0:
+        if self.reference is not None and self.reference.features is None:
             notes.append("No kernel distance, precision and recall: the reference has statistics, but no features.")
+            self._forget()
             return self._result(figures, notes, num_predictions, num_references)
-        if self.reference is not None and PartialState().is_main_process:
-            indices = torch.arange(num_reference_features)
-            self.kernel_distance.add_batch(references=self.reference.features, indices=indices)
-            self.precision_recall.add_batch(references=self.reference.features, indices=indices)
-        fewest = min(num_predictions, num_reference_features)
-        if fewest < self.kernel_distance.subset_size:
-            notes.append(
-                f"No kernel distance: its subsets have {self.kernel_distance.subset_size} images, there are {fewest}."
-            )
+        predictions = merge_over_processes(self.samples["predictions"]).features()
+        if self.reference is None:
+            references = merge_over_processes(self.samples["references"]).features()
         else:
-            distance = self.kernel_distance.compute()
-            figures["kernel_distance"] = distance["kernel_distance"]
-            figures["kernel_distance_std"] = distance["kernel_distance_std"]
-        if fewest <= self.precision_recall.num_neighbors:
-            notes.append(
-                f"No precision and recall: {fewest} images have no neighbour number"
-                f" {self.precision_recall.num_neighbors}."
-            )
+            references = self.reference.features[: self.capacity]  # which are in random order
+        fewest = min(len(predictions), len(references))
+        if fewest < self.subset_size:
+            notes.append(f"No kernel distance: its subsets have {self.subset_size} images, there are {fewest}.")
         else:
-            shares = self.precision_recall.compute()
-            figures |= {"precision": shares["precision"], "recall": shares["recall"]}
+            figures["kernel_distance"], figures["kernel_distance_std"] = kernel_distance(
+                predictions, references, num_subsets=self.num_subsets, subset_size=self.subset_size
+            )
+        if fewest <= self.num_neighbors:
+            notes.append(f"No precision and recall: {fewest} images have no neighbour number {self.num_neighbors}.")
+        else:
+            figures["precision"], figures["recall"] = precision_recall(
+                predictions, references, num_neighbors=self.num_neighbors
+            )
+        self._forget()
         return self._result(figures, notes, num_predictions, num_references)
 
     def _result(

@@ -7,20 +7,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from softvq_hf.evaluation.accelerator import build_accelerator
 from softvq_hf.evaluation.arguments import EvaluationArguments, EvaluationDataArguments
 from softvq_hf.evaluation.distribution import DistributionMetrics, name_figures
-from softvq_hf.evaluation.feature_extractors import load_feature_extractors
 from softvq_hf.evaluation.reference import Reference, build_dataset_reference, load_reference
 from softvq_hf.evaluation.result import build_result, check_output_file, update_model_card, write_result
-from softvq_hf.evaluation.samples import LABELS, NPZ_FILE, generate_samples
+from softvq_hf.evaluation.samples import LABELS, NPZ_FILE, generate_samples, plan_samples
 from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.training.generator import get_image_size
@@ -29,7 +27,6 @@ from softvq_hf.training.hub import read_model_card
 
 RESULT_FILE = "result.json"
 TASK = "class-conditional-image-generation"
-LONGEST_WAIT = timedelta(hours=6)  # for the slowest process, while others have no shard left to fill
 
 
 @dataclass(kw_only=True)
@@ -88,8 +85,27 @@ class GenerationArguments(EvaluationArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_images < 2:
-            raise ValueError(f"`--num_images` is {self.num_images}, allowed: integers from 2 on.")
+        for name, lowest in (("num_images", 2), ("seed", 0), ("num_inference_steps", 1), ("shard_size", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from {lowest} on.")
+        if self.labels not in LABELS:
+            raise ValueError(f"`--labels` is {self.labels!r}, allowed: {', '.join(LABELS)}.")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(
+                f"`--guidance_interval` is {' '.join(map(str, interval))}, allowed: two numbers, low and high, with"
+                " 0 <= low <= high <= 1."
+            )
+        if self.reference_max_samples is not None and self.reference_max_samples < 2:
+            raise ValueError(
+                f"`--reference_max_samples` is {self.reference_max_samples}, allowed: integers from 2 on."
+            )
+        if self.dataloader_num_workers < 0:
+            raise ValueError(
+                f"`--dataloader_num_workers` is {self.dataloader_num_workers}, allowed: integers from 0 on."
+            )
+        if self.reference_is_file and not Path(self.reference).is_file():
+            raise ValueError(f"`--reference` is {self.reference!r}, allowed: an .npz file that exists, or a data set.")
         if self.reference is None and self.feature_extractor != ["none"]:
             raise ValueError(
                 f"`--reference` is None and `--feature_extractor` is {' '.join(self.feature_extractor)}, allowed: real"
@@ -128,8 +144,9 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
     """
     Generate images and measure how far they are from real ones. Collective: several processes share the work.
 
-    The reference is read or measured first, so that what is wrong with it is an error before anything is generated.
-    Then [`~softvq_hf.evaluation.samples.generate_samples`] fills `args.output_dir`, or what is missing there, and the
+    What is wrong with the arguments, the pipeline or the folder is an error at once; then the reference is read or
+    measured, so that what is wrong with it is an error before anything is generated. Then
+    [`~softvq_hf.evaluation.samples.generate_samples`] fills `args.output_dir`, or what is missing there, and the
     figures are taken from its files. With another feature network or reference, the same command takes new figures of
     the same images.
 
@@ -147,28 +164,21 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
     """
     output_file = args.output_file or str(Path(args.output_dir, RESULT_FILE))
     check_output_file(output_file)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it each of several CPU processes passes for the only one
-        mixed_precision=args.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-    )
+    accelerator = build_accelerator(args.mixed_precision)
 
-    # 1. The pipeline, the feature networks, and what they see in real images
+    # 1. The pipeline, the feature networks, and the plan of the images
     with accelerator.main_process_first():  # which downloads
         try:
             pipeline = SoftVQPipeline.from_pretrained(args.pipeline, use_safetensors=True)
         except OSError as error:
             raise OSError(f"`--pipeline` is {args.pipeline!r}, which cannot be loaded: {error}") from error
-        extractors = load_feature_extractors(args, accelerator.device)
+        extractors = args.load_feature_extractors(accelerator.device)
     if args.update_model_card:
         read_model_card(args.pipeline, pipeline)
     height, width = get_image_size(pipeline.vae, pipeline.transformer)
     if height != width:
         raise ValueError(f"`--pipeline` makes images of {height} x {width} pixels, allowed: square ones.")
-    references = [read_reference(args, accelerator, extractor, resolution=height) for extractor in extractors]
-
-    # 2. The images
-    samples = generate_samples(
+    samples = plan_samples(
         pipeline,
         args.output_dir,
         accelerator,
@@ -179,9 +189,12 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
         guidance_interval=tuple(args.guidance_interval),
         num_inference_steps=args.num_inference_steps,
         rounding=args.rounding,
-        batch_size=args.batch_size,
         shard_size=args.shard_size,
     )
+
+    # 2. What the networks see in real images, and the images
+    references = [read_reference(args, accelerator, extractor, resolution=height) for extractor in extractors]
+    generate_samples(pipeline, samples, accelerator, batch_size=args.batch_size)
     pipeline.to("cpu")  # leaves the device to the feature networks
     if args.save_npz and accelerator.is_main_process:
         samples.write_npz()
@@ -214,7 +227,7 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
         dataset=describe_real_images(args, references),
         metrics=name_figures(results, prefix="g"),
         protocol={
-            "name": protocol_in_words(args, type(pipeline.scheduler).__name__),
+            "name": protocol_in_words(args, type(pipeline.scheduler).__name__, references),
             **samples.plan,
             "batch_size": args.batch_size,
             "feature_extractors": {extractor.label: extractor.description() for extractor in extractors},
@@ -255,17 +268,19 @@ def describe_real_images(args: GenerationArguments, references: Sequence[Referen
     return {**unknown, "name": Path(args.reference).name, **(protocol.get("dataset") or {})}
 
 
-def protocol_in_words(args: GenerationArguments, scheduler: str) -> str:
-    """One line that tells this protocol from others."""
+def protocol_in_words(args: GenerationArguments, scheduler: str, references: Sequence[Reference]) -> str:
+    """One line that tells this protocol from others: figures by other real images do not replace each other."""
     guidance = "no guidance"
     if args.guidance_scale > 1:
         low, high = args.guidance_interval
         guidance = f"guidance {args.guidance_scale:g}" + (
             "" if (low, high) == (0, 1) else f" from {low:g} to {high:g}"
         )
-    rounding = "rounded" if args.rounding == "round" else "truncated"
-    precision = "" if args.mixed_precision == "no" else f", {args.mixed_precision}"
+    real_images = ""
+    if references:
+        named = Path(args.reference).name if args.reference_is_file else f"{references[0].num_images} real images"
+        real_images = f", against {named}"
     return (
         f"{args.num_images} images, {args.labels} labels, {guidance}, {args.num_inference_steps} steps of {scheduler},"
-        f" {rounding} to 8 bits{precision}"
+        f" {args.precision_in_words()}{real_images}"
     )

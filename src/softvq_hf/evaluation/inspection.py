@@ -1,9 +1,9 @@
 """Pictures of the latent space of a tokenizer: what it keeps, what each token does, and how latents are spread."""
 
 import importlib.metadata
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from diffusers import AutoencoderKL
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from softvq_hf.evaluation.arguments import EvaluationDataArguments
-from softvq_hf.evaluation.data import image_batches, to_8_bit
-from softvq_hf.evaluation.figures import (
+from softvq_hf.evaluation.accelerator import build_accelerator
+from softvq_hf.evaluation.arguments import EvaluationDataArguments, TokenizerArguments
+from softvq_hf.evaluation.data import image_batches, to_8_bit, unreadable_notes
+from softvq_hf.evaluation.latent_edits import choose_tokens, interpolate, spatial_extent, token_influence
+from softvq_hf.evaluation.plots import (
     channel_figure,
     codebook_figure,
     influence_figure,
@@ -29,7 +30,13 @@ from softvq_hf.evaluation.figures import (
 )
 from softvq_hf.evaluation.reference import ADM_CENTER_CROP
 from softvq_hf.evaluation.result import build_result, write_result
-from softvq_hf.evaluation.tokens import check_finite, choose_resolution, decode_tokens, encode_tokens
+from softvq_hf.evaluation.tokens import (
+    check_finite,
+    choose_resolution,
+    codebook_usage,
+    decode_tokens,
+    encode_tokens,
+)
 from softvq_hf.metrics.codebook_usage import CodebookUsage
 from softvq_hf.metrics.latent_statistics import LatentStatistics
 from softvq_hf.metrics.psnr import PSNR
@@ -48,19 +55,10 @@ REPORT_FILE, RESULT_FILE = "report.html", "result.json"
 
 
 @dataclass(kw_only=True)
-class InspectionArguments(EvaluationDataArguments):
+class InspectionArguments(TokenizerArguments, EvaluationDataArguments):
     """Arguments of [`inspect_tokenizer`]. `__post_init__` raises `ValueError` for values that cannot work."""
 
-    model: str = field(
-        metadata={"help": "Tokenizer, AutoencoderSoftVQ or diffusers' AutoencoderKL: a local folder or a Hub id."}
-    )
     output_dir: str = field(metadata={"help": "Folder for the report, its pictures and its numbers."})
-    subfolder: str | None = field(
-        default=None, metadata={"help": "Folder of the tokenizer inside of --model: 'vae' in a pipeline."}
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the images in pixels; by default what the tokenizer takes."}
-    )
     label_column: str = field(default="label", metadata={"help": "Column of the class labels; none for no labels."})
     max_samples: int | None = field(
         default=1000, metadata={"help": "Encode only this many images, spread evenly over the data set."}
@@ -80,7 +78,8 @@ class InspectionArguments(EvaluationDataArguments):
     seed: int = field(default=0, metadata={"help": "Seed of the choice of images, and of t-SNE."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TokenizerArguments.__post_init__(self)
+        EvaluationDataArguments.__post_init__(self)
         lowest = {"num_images": 2, "num_tokens": 1, "num_interpolation_steps": 2, "batch_size": 1, "seed": 0}
         for name, minimum in lowest.items():
             if getattr(self, name) < minimum:
@@ -89,8 +88,6 @@ class InspectionArguments(EvaluationDataArguments):
             raise ValueError(f"`--seed` is {self.seed}, allowed: up to {2**32 - 1}.")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"`--projection` is {self.projection!r}, allowed: {', '.join(PROJECTIONS)}.")
-        if self.resolution is not None and self.resolution < 1:
-            raise ValueError(f"`--resolution` is {self.resolution}, allowed: integers from 1 on.")
 
 
 @dataclass
@@ -102,37 +99,15 @@ class EncodedImages:
         latents (`torch.Tensor` of shape `(N, L, C)`): Raw latents, float32 on the CPU.
         numbers (`torch.Tensor` of shape `(N,)`): Numbers of the images in the data set, int64.
         class_labels (`torch.Tensor` of shape `(N,)`, *optional*): int64; `None` without labels.
-        codebook_usage ([`CodebookUsage`], *optional*): Has seen the indices of all images; `None` without a codebook.
+        codebook ([`CodebookUsage`], *optional*): Has seen the indices of all images; `None` without a codebook.
         unreadable (`list[str]`): Ids of the other images.
     """
 
     latents: torch.Tensor
     numbers: torch.Tensor
     class_labels: torch.Tensor | None
-    codebook_usage: CodebookUsage | None
+    codebook: CodebookUsage | None
     unreadable: list[str]
-
-
-@dataclass
-class TokenExtent:
-    """
-    How far the influence of each token reaches. Every list has a number per token.
-
-    Args:
-        change (`list[float]`): Mean absolute change of a pixel in grey levels, in [0, 255].
-        area (`list[float]`): Share of the image that changes, in [0, 1]: the participation ratio `(sum m)**2 / (n sum
-            m**2)` of a map m of n pixels; the mean over images. If some pixels change alike and the others do not, it
-            is their share. 0: nothing changes.
-        area_of_mean (`list[float]`): The same of the mean of the maps over images. Equal to `area` where a token has
-            the same place in every image; larger where its place depends on the image.
-        centre (`list[tuple[float, float] | None]`): Centre of mass of the mean map, x and y in [0, 1] from the top
-            left corner; `None` where nothing changes.
-    """
-
-    change: list[float]
-    area: list[float]
-    area_of_mean: list[float]
-    centre: list[tuple[float, float] | None]
 
 
 @torch.no_grad()
@@ -165,19 +140,18 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
 
     Raises:
         ValueError: If an argument does not fit the model or the data, there are fewer readable images than pictures,
-            several processes were launched, or latents or reconstructions are not finite (the images are named).
+            several processes were launched, or latents or decoded images are not finite (the images are named).
         OSError: If the model cannot be found.
         UnreadableImagesError: If too many images cannot be read.
     """
     check_output_dir(args.output_dir)
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = build_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes were launched to inspect a model, allowed: 1.")
 
     # 1. The tokenizer, the latents of all images, and the images to look at
-    hub_options = {} if args.subfolder is None else {"subfolder": args.subfolder}
-    vae = load_tokenizer(args.model, **hub_options).to(accelerator.device)
+    vae = load_tokenizer(args.model, subfolder=args.subfolder).to(accelerator.device)
     resolution = choose_resolution(vae, args.resolution)
     dataset = args.load_dataset(resolution, label_column=None if args.label_column == "none" else args.label_column)
     encoded = encode_images(
@@ -193,22 +167,13 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
     image_id = [str(item["image_id"]) for item in items]
     originals = to_8_bit(torch.stack([item["pixel_values"] for item in items]), "round")
     latents = encoded.latents[chosen]
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        """Pixels in [0, 255], float32 on the CPU, of latents on the CPU."""
-        samples = [
-            decode_tokens(vae, batch.to(accelerator.device), resolution).float().cpu()
-            for batch in latents.split(args.batch_size)
-        ]
-        return (torch.cat(samples).clamp(-1, 1) + 1) * 127.5
+    decode = partial(decode_grey_levels, vae, resolution=resolution, batch_size=args.batch_size)
 
     for name in (*PICTURES, RESULT_FILE, REPORT_FILE):  # not all are made of every tokenizer
         Path(output_dir, name).unlink(missing_ok=True)
 
     # 2. Reconstructions
-    reconstructions = decode(latents)
-    check_finite(reconstructions, "reconstructions", image_id)
-    reconstructions = reconstructions.round().byte()
+    reconstructions = decode(latents, image_id).round().byte()
     psnr = PSNR().measure(reconstructions, originals).tolist()
     figure = reconstruction_figure(originals, reconstructions, psnr)
     figure.savefig(output_dir / "reconstructions.png")
@@ -220,7 +185,7 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
         ("dropped", encoded.latents.mean(0).expand_as(latents)),
         ("swapped", latents.roll(-1, dims=0)),
     ):
-        maps = token_influence(decode, latents, replacements, tokens, desc=f"tokens {change}")
+        maps = token_influence(decode, latents, replacements, tokens, image_id, desc=f"tokens {change}")
         influence[change] = asdict(spatial_extent(maps))
         figure = influence_figure(originals[0], maps[0], maps.mean(0), tokens, len(maps))
         figure.savefig(output_dir / f"influence_{change}.png")
@@ -229,7 +194,12 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
     num_pairs = args.num_images // 2
     first, second = slice(0, 2 * num_pairs, 2), slice(1, 2 * num_pairs, 2)
     path = interpolate(latents[first], latents[second], args.num_interpolation_steps)
-    strips = decode(path.flatten(0, 1)).unflatten(0, path.shape[:2]).round().byte()
+    names = [
+        f"step {step} from {start} to {end}"
+        for start, end in zip(image_id[first], image_id[second], strict=True)
+        for step in range(args.num_interpolation_steps)
+    ]
+    strips = decode(path.flatten(0, 1), names).unflatten(0, path.shape[:2]).round().byte()
     interpolation_figure(originals[first], strips, originals[second]).savefig(output_dir / "interpolation.png")
 
     # 5. How the latents of all images are spread
@@ -239,9 +209,9 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
     channel_figure(statistics).savefig(output_dir / "channels.png")
     figures = {name: statistics[name] for name in ("latent_mean", "latent_std", "latent_kurtosis", "effective_rank")}
     details: dict[str, Any] = {"latents": statistics}
-    if encoded.codebook_usage is not None:
-        counts = encoded.codebook_usage.accumulators["counts"].counts
-        details["codebook"] = encoded.codebook_usage.compute()
+    if encoded.codebook is not None:
+        counts = encoded.codebook.accumulators["counts"].counts
+        details["codebook"] = encoded.codebook.compute()
         figures |= {name: details["codebook"][name] for name in ("codebook_usage", "codebook_perplexity")}
         codebook_figure(counts, details["codebook"]).savefig(output_dir / "codebook.png")
     if num_channels > 1:
@@ -250,11 +220,6 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
         figure.savefig(output_dir / "projection.png")
 
     # 6. The record and the report
-    notes = []
-    if encoded.unreadable:
-        notes.append(
-            f"{len(encoded.unreadable)} images could not be read and are left out: {', '.join(encoded.unreadable)}."
-        )
     result = build_result(
         accelerator,
         task="latent-inspection",
@@ -271,7 +236,7 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
             "scikit-learn": importlib.metadata.version("scikit-learn"),
             "seed": args.seed,
         },
-        notes=notes,
+        notes=unreadable_notes(encoded.unreadable),
         reconstructions={"image_id": image_id, "psnr": psnr},
         influence={"tokens": tokens, **influence},
         **details,
@@ -305,10 +270,7 @@ def encode_images(
     Raises:
         ValueError: If no image can be read, or latents are not finite.
     """
-    codebook_usage = None
-    if vae.config.get("quantizer") in ("softvq", "vq"):
-        num_codebooks = vae.config.num_codebooks if vae.config.quantizer == "softvq" else 1
-        codebook_usage = CodebookUsage(vae.config.codebook_size, num_codebooks)
+    codebook = codebook_usage(vae)
     latents, numbers, class_labels, unreadable = [], [], [], []
     for batch in image_batches(accelerator, dataset, batch_size, num_workers=num_workers, desc="latents"):
         unreadable += batch.get("unreadable", [])
@@ -320,114 +282,48 @@ def encode_images(
         numbers.append(batch["indices"])
         if "class_labels" in batch:
             class_labels.append(batch["class_labels"])
-        if codebook_usage is not None:
-            codebook_usage.add_batch(predictions=codewords)
+        if codebook is not None:
+            codebook.add_batch(predictions=codewords)
     if not latents:
         raise ValueError("None of the images of `--dataset` can be read.")
     return EncodedImages(
         torch.cat(latents),
         torch.cat(numbers),
         torch.cat(class_labels) if class_labels else None,
-        codebook_usage,
+        codebook,
         unreadable,
     )
 
 
-def choose_tokens(num_tokens: int, most: int, is_grid: bool = False) -> list[int]:
-    """
-    The tokens to look at, where there are more than can be shown.
-
-    Args:
-        num_tokens (`int`): Tokens of an image, L.
-        most (`int`): Show at most so many.
-        is_grid (`bool`, *optional*, defaults to `False`): Whether tokens are the positions of a square, row by row.
-            A smaller square of them is taken then, evenly spread over rows and columns.
-
-    Returns:
-        `list[int]`: ascending, each in [0, L).
-    """
-    if num_tokens <= most:
-        return list(range(num_tokens))
-    if not is_grid:
-        return [(2 * i + 1) * num_tokens // (2 * most) for i in range(most)]
-    side, shown = math.isqrt(num_tokens), math.isqrt(most)
-    places = [(2 * i + 1) * side // (2 * shown) for i in range(shown)]
-    return [row * side + column for row in places for column in places]
-
-
-def token_influence(
-    decode: Callable[[torch.Tensor], torch.Tensor],
+def decode_grey_levels(
+    vae: AutoencoderSoftVQ | AutoencoderKL,
     latents: torch.Tensor,
-    replacements: torch.Tensor,
-    tokens: Sequence[int],
-    desc: str = "tokens",
+    image_id: Sequence[str],
+    *,
+    resolution: int,
+    batch_size: int,
 ) -> torch.Tensor:
     """
-    Which pixels change when a single token is replaced.
+    Images of latents.
 
     Args:
-        decode (`Callable`): From latents `(B, L, C)` to images `(B, 3, H, W)`, pixels in [0, 255].
-        latents (`torch.Tensor` of shape `(N, L, C)`): Of the images to look at.
-        replacements (`torch.Tensor` of shape `(N, L, C)`): What takes the place of each token.
-        tokens (`Sequence[int]` of length T): The tokens to replace, one at a time.
-        desc (`str`, *optional*, defaults to `"tokens"`): Title of the progress bar.
+        vae ([`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]): The tokenizer.
+        latents (`torch.Tensor` of shape `(N, L, C)`): Raw latents on any device.
+        image_id (`Sequence[str]` of length N): What they are, for the error.
+        resolution (`int`): Side R of the square images in pixels.
+        batch_size (`int`): Latents per forward pass.
 
     Returns:
-        `torch.Tensor` of shape `(N, T, H, W)`: the absolute change of the decoded image, averaged over its three
-        colours, in grey levels, [0, 255].
+        `torch.Tensor` of shape `(N, 3, R, R)`: float32 in [0, 255], clamped, not rounded, on the CPU.
+
+    Raises:
+        ValueError: If pixels are not finite. It names the images.
     """
-    maps = []
-    for image, replacement in tqdm(zip(latents, replacements, strict=True), total=len(latents), desc=desc):
-        changed = image.repeat(len(tokens), 1, 1)
-        changed[range(len(tokens)), tokens] = replacement[tokens]
-        maps.append((decode(changed) - decode(image.unsqueeze(0))).abs().mean(1))
-    return torch.stack(maps)
-
-
-def spatial_extent(maps: torch.Tensor) -> TokenExtent:
-    """
-    Numbers on influence maps.
-
-    Args:
-        maps (`torch.Tensor` of shape `(N, T, H, W)`): From [`token_influence`].
-
-    Returns:
-        [`TokenExtent`]
-    """
-    maps = maps.double()
-    mean_maps = maps.mean(0)
-    height, width = maps.shape[2:]
-    shares = mean_maps / mean_maps.sum((1, 2), keepdim=True)
-    x = (shares.sum(1) * (torch.arange(width) + 0.5) / width).sum(1)
-    y = (shares.sum(2) * (torch.arange(height) + 0.5) / height).sum(1)
-    return TokenExtent(
-        change=mean_maps.mean((1, 2)).tolist(),
-        area=_area(maps).mean(0).tolist(),
-        area_of_mean=_area(mean_maps).tolist(),
-        centre=[None if math.isnan(place[0]) else place for place in zip(x.tolist(), y.tolist(), strict=True)],
+    samples = torch.cat(
+        [decode_tokens(vae, batch.to(vae.device), resolution).float().cpu() for batch in latents.split(batch_size)]
     )
-
-
-def _area(maps: torch.Tensor) -> torch.Tensor:
-    """Share of the image that each map `(..., H, W)` covers, see [`TokenExtent`]; 0 for an empty map."""
-    total, squares = maps.sum((-2, -1)), maps.square().sum((-2, -1))
-    return total**2 / (squares.where(squares > 0, 1) * maps.shape[-2:].numel())
-
-
-def interpolate(first: torch.Tensor, second: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """
-    Latents on the straight line between two.
-
-    Args:
-        first (`torch.Tensor` of shape `(P, L, C)`): Where the lines begin.
-        second (`torch.Tensor` of shape `(P, L, C)`): Where they end.
-        num_steps (`int`): Points of a line, S, at equal distances, both ends included; 2 or more.
-
-    Returns:
-        `torch.Tensor` of shape `(P, S, L, C)`
-    """
-    weights = torch.linspace(0, 1, num_steps, dtype=first.dtype)[:, None, None]
-    return torch.lerp(first[:, None], second[:, None], weights)
+    check_finite(samples, "decoded images", image_id)  # clamped, infinite ones would be black or white
+    return (samples.clamp(-1, 1) + 1) * 127.5
 
 
 def project(latents: torch.Tensor, projection: str, seed: int) -> tuple[np.ndarray, tuple[str, str]]:

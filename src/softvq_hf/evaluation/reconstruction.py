@@ -5,52 +5,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from softvq_hf.evaluation.arguments import EvaluationArguments, EvaluationDataArguments
-from softvq_hf.evaluation.data import image_batches, to_8_bit
+from softvq_hf.evaluation.accelerator import build_accelerator
+from softvq_hf.evaluation.arguments import EvaluationArguments, EvaluationDataArguments, TokenizerArguments
+from softvq_hf.evaluation.data import image_batches, to_8_bit, unreadable_notes
 from softvq_hf.evaluation.distribution import DistributionMetrics, name_figures
-from softvq_hf.evaluation.feature_extractors import load_feature_extractors
 from softvq_hf.evaluation.reference import ADM_CENTER_CROP
 from softvq_hf.evaluation.result import build_result, check_output_file, update_model_card, write_result
-from softvq_hf.evaluation.tokens import check_finite, choose_resolution, decode_tokens, encode_tokens
-from softvq_hf.metrics.codebook_usage import CodebookUsage
+from softvq_hf.evaluation.tokens import (
+    check_finite,
+    choose_resolution,
+    codebook_usage,
+    decode_tokens,
+    encode_tokens,
+)
 from softvq_hf.metrics.latent_statistics import LatentStatistics
 from softvq_hf.metrics.lpips import LPIPS
 from softvq_hf.metrics.psnr import PSNR
 from softvq_hf.metrics.rate import rate
 from softvq_hf.metrics.ssim import SSIM
+from softvq_hf.metrics.weights import FeatureWeightsUnavailable
 from softvq_hf.training.generator import load_tokenizer
 from softvq_hf.training.hub import read_model_card
 
 
 # The effective rank of whole latents needs a matrix of so many numbers squared: 134 MB.
 MOST_FLAT_NUMBERS = 4096
+LPIPS_NETWORKS = ("vgg", "alex", "none")
 
 
 @dataclass(kw_only=True)
-class ReconstructionArguments(EvaluationDataArguments, EvaluationArguments):
+class ReconstructionArguments(TokenizerArguments, EvaluationDataArguments, EvaluationArguments):
     """Arguments of [`evaluate_reconstruction`]. `__post_init__` raises `ValueError` for values that cannot work."""
 
-    model: str = field(
-        metadata={"help": "Tokenizer, AutoencoderSoftVQ or diffusers' AutoencoderKL: a local folder or a Hub id."}
-    )
-    subfolder: str | None = field(
-        default=None, metadata={"help": "Folder of the tokenizer inside of --model: 'vae' in a pipeline."}
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the images in pixels; by default what the tokenizer takes."}
-    )
     lpips: str = field(
-        default="vgg", metadata={"help": "Network of LPIPS; none leaves it out.", "choices": ["vgg", "alex", "none"]}
+        default="vgg", metadata={"help": "Network of LPIPS; none leaves it out.", "choices": list(LPIPS_NETWORKS)}
+    )
+    lpips_weights: str | None = field(
+        default=None,
+        metadata={"help": "File of that network's weights; by default it is downloaded to torch's hub cache."},
     )
 
     def __post_init__(self) -> None:
+        TokenizerArguments.__post_init__(self)
         EvaluationDataArguments.__post_init__(self)
         EvaluationArguments.__post_init__(self)
-        if self.resolution is not None and self.resolution < 1:
-            raise ValueError(f"`--resolution` is {self.resolution}, allowed: integers from 1 on.")
+        if self.lpips not in LPIPS_NETWORKS:
+            raise ValueError(f"`--lpips` is {self.lpips!r}, allowed: {', '.join(LPIPS_NETWORKS)}.")
+        if self.lpips_weights is not None and self.lpips == "none":
+            raise ValueError(f"`--lpips_weights` is {self.lpips_weights!r} and `--lpips` is none, allowed: a network.")
+        if self.lpips_weights is not None and not Path(self.lpips_weights).is_file():
+            raise ValueError(f"`--lpips_weights` is {self.lpips_weights!r}, allowed: a file that exists.")
         if self.update_model_card and not Path(self.model).is_dir():
             raise ValueError(
                 f"`--model` is {self.model!r}, allowed with `--update_model_card`: a local folder that exists."
@@ -89,26 +95,26 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
         UnreadableImagesError: If too many images cannot be read.
     """
     check_output_file(args.output_file)
-    # without `cpu` accelerate takes each of several CPU processes for the only one
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
+    accelerator = build_accelerator(args.mixed_precision)
 
     # 1. The tokenizer, the images and the networks that look at them
-    hub_options = {} if args.subfolder is None else {"subfolder": args.subfolder}
     with accelerator.main_process_first():  # which downloads
-        vae = load_tokenizer(args.model, **hub_options).to(accelerator.device)
+        vae = load_tokenizer(args.model, subfolder=args.subfolder).to(accelerator.device)
         resolution = choose_resolution(vae, args.resolution)
         if args.update_model_card:
             read_model_card(args.model, None if args.subfolder else vae)
         dataset = args.load_dataset(resolution)
-        extractors = load_feature_extractors(args, accelerator.device)
+        extractors = args.load_feature_extractors(accelerator.device)
         image_metrics = {"psnr": PSNR(), "ssim": SSIM()}
         if args.lpips != "none":
-            image_metrics["lpips"] = LPIPS(net=args.lpips)
+            try:
+                image_metrics["lpips"] = LPIPS(net=args.lpips, weights_path=args.lpips_weights)
+            except FeatureWeightsUnavailable as error:
+                raise FeatureWeightsUnavailable(
+                    f"{error} For an evaluation that is `--lpips_weights`; `--lpips none` does without."
+                ) from error
     distributions = [DistributionMetrics(extractor) for extractor in extractors]
-    codebook_usage = None
-    if vae.config.get("quantizer") in ("softvq", "vq"):
-        num_codebooks = vae.config.num_codebooks if vae.config.quantizer == "softvq" else 1
-        codebook_usage = CodebookUsage(vae.config.codebook_size, num_codebooks)
+    codebook = codebook_usage(vae)
     image_rate = rate(vae.config, (resolution, resolution))
     num_numbers = image_rate["tokens_per_image"] * vae.config.latent_channels
     latent_statistics = LatentStatistics(flat=num_numbers <= MOST_FLAT_NUMBERS)
@@ -134,11 +140,11 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
         for distribution in distributions:
             distribution.add(predictions=reconstructions, references=originals, indices=batch["indices"])
         latent_statistics.add_batch(predictions=latents)
-        if codebook_usage is not None:
-            codebook_usage.add_batch(predictions=indices)
+        if codebook is not None:
+            codebook.add_batch(predictions=indices)
 
     # 3. The figures of all processes
-    unreadable = sorted(gather_object(unreadable))
+    unreadable = gather_object(unreadable)
     num_images = len(dataset) - len(unreadable)
     if num_images < 2:
         raise ValueError(f"`--dataset` {args.dataset!r} has {num_images} readable image(s), allowed: 2 or more.")
@@ -148,18 +154,14 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
     results = [distribution.compute() for distribution in distributions]
     figures |= name_figures(results, prefix="r")
     details = {"latents": latent_statistics.compute(), "rate": image_rate}
-    if codebook_usage is not None:
-        details["codebook"] = codebook_usage.compute()
+    if codebook is not None:
+        details["codebook"] = codebook.compute()
         figures |= {name: details["codebook"][name] for name in ("codebook_usage", "codebook_perplexity")}
-    notes = [note for result in results for note in result["notes"]]
-    if unreadable:
-        notes.append(f"{len(unreadable)} images could not be read and are left out: {', '.join(unreadable)}.")
+    notes = [*(note for result in results for note in result["notes"]), *unreadable_notes(unreadable)]
     if "effective_rank_flat" not in details["latents"]:
         notes.append(f"No effective rank of whole latents: they have more than {MOST_FLAT_NUMBERS} numbers.")
 
     # 4. The record
-    rounding = "rounded" if args.rounding == "round" else "truncated"
-    precision = "" if args.mixed_precision == "no" else f", {args.mixed_precision}"
     result = build_result(
         accelerator,
         task="image-reconstruction",
@@ -167,7 +169,7 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
         dataset=args.data_record(),
         metrics=figures,
         protocol={
-            "name": f"{num_images} images, {ADM_CENTER_CROP} to {resolution} px, {rounding} to 8 bits{precision}",
+            "name": f"{num_images} images, {ADM_CENTER_CROP} to {resolution} px, {args.precision_in_words()}",
             "num_images": num_images,
             "num_unreadable": len(unreadable),
             "crop": ADM_CENTER_CROP,

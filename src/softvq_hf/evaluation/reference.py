@@ -2,12 +2,16 @@
 
 A file is an `.npz` with the names that the evaluator of ADM (arXiv 2105.05233) uses: `mu` and `sigma`, mean and
 covariance of the features, and `mu_s` and `sigma_s` of the spatial features. [`save_reference`] adds `features`,
-`num_images` and `protocol`, a JSON string, by which [`load_reference`] refuses what cannot be compared.
+`num_images`, `notes` and `protocol`, the last two JSON strings; by the protocol [`load_reference`] refuses what cannot
+be compared.
 """
 
+import contextlib
 import json
+import lzma
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +22,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from softvq_hf.evaluation.accelerator import build_accelerator, merge_over_processes
 from softvq_hf.evaluation.arguments import EvaluationDataArguments, FeatureArguments
-from softvq_hf.evaluation.data import image_batches, to_8_bit
-from softvq_hf.evaluation.feature_extractors import load_feature_extractors
-from softvq_hf.evaluation.result import check_output_file
+from softvq_hf.evaluation.data import image_batches, to_8_bit, unreadable_notes
+from softvq_hf.evaluation.result import check_output_file, differences
 from softvq_hf.metrics.feature_sample import FeatureSample
 from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.metrics.gaussian import GaussianAccumulator, GaussianStatistics
@@ -42,7 +46,7 @@ class Reference:
             Features of some or all of the images, float32 on the CPU, for the kernel distance, precision and recall.
         num_images (`int`, *optional*): Images behind the statistics; `None` where a file does not say.
         protocol (`dict`, *optional*): `feature_extractor`, `resolution` and `crop`, which decide what can be compared,
-            and `dataset`, for the record; `None` where a file does not say.
+            and `dataset` and, of a data set, `num_unreadable`, for the record; `None` where a file does not say.
         notes (`list[str]`, *optional*): What a reader of figures should know.
     """
 
@@ -101,10 +105,9 @@ def make_reference(args: ReferenceArguments) -> Reference:
         OSError: If weights of the network cannot be found or downloaded.
     """
     check_output_file(args.output_file)
-    # without `cpu` accelerate takes each of several CPU processes for the only one
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = build_accelerator()
     with accelerator.main_process_first():  # which downloads
-        (extractor,) = load_feature_extractors(args, accelerator.device)
+        (extractor,) = args.load_feature_extractors(accelerator.device)
     reference = build_dataset_reference(
         accelerator, args, extractor, args.resolution, batch_size=args.batch_size, num_features=args.num_features
     )
@@ -142,32 +145,26 @@ def build_reference(
     Raises:
         ValueError: If there are fewer than two images.
     """
-
-    def new_accumulators() -> dict[str, Any]:
-        accumulators = {"features": GaussianAccumulator(), "spatial_features": GaussianAccumulator()}
-        return accumulators if num_features == 0 else {**accumulators, "sample": FeatureSample(num_features)}
-
-    own = new_accumulators()
+    gaussian, spatial_gaussian = GaussianAccumulator(), GaussianAccumulator()
+    sample = FeatureSample(num_features) if num_features > 0 else None
     for images, indices in batches:
         if len(images) == 0:
             continue
         found = extractor(images)
-        own["features"].update(found.features)
+        features = found.features.cpu()
+        gaussian.update(features)
         if found.spatial_features is not None:
-            own["spatial_features"].update(found.spatial_features)
-        if num_features > 0:
-            own["sample"].update(found.features.cpu(), indices.numpy())
-    merged = new_accumulators()
-    for process in gather_object([own]):
-        for name, accumulator in merged.items():
-            accumulator.merge(process[name])
-    num_images = merged["features"].count
+            spatial_gaussian.update(found.spatial_features.cpu())
+        if sample is not None:
+            sample.update(features, indices.numpy())
+    gaussian, spatial_gaussian = merge_over_processes(gaussian), merge_over_processes(spatial_gaussian)
+    num_images = gaussian.count
     if num_images < 2:
         raise ValueError(f"The reference has {num_images} image(s), allowed: 2 or more, to have a covariance.")
     return Reference(
-        statistics=merged["features"].statistics(),
-        spatial_statistics=merged["spatial_features"].statistics() if merged["spatial_features"].count > 0 else None,
-        features=merged["sample"].features() if num_features > 0 else None,
+        statistics=gaussian.statistics(),
+        spatial_statistics=spatial_gaussian.statistics() if spatial_gaussian.count > 0 else None,
+        features=None if sample is None else merge_over_processes(sample).features(),
         num_images=num_images,
         protocol={**_comparable_protocol(extractor, resolution), "dataset": dataset},
     )
@@ -194,20 +191,31 @@ def build_dataset_reference(
         num_features (`int`, *optional*, defaults to 50000): As in [`build_reference`].
 
     Returns:
-        [`Reference`]
+        [`Reference`]: of the readable images; its protocol counts the others, and a note names them.
 
     Raises:
         ValueError: As [`softvq_hf.data.load_image_dataset`] and [`build_reference`].
+        UnreadableImagesError: If too many images cannot be read.
     """
     with accelerator.main_process_first():
         dataset = data.load_dataset(resolution)
     batches = image_batches(
         accelerator, dataset, batch_size, num_workers=data.dataloader_num_workers, desc=f"reference, {extractor.label}"
     )
-    images = ((to_8_bit(batch["pixel_values"], "round"), batch["indices"]) for batch in batches)
-    return build_reference(
-        images, extractor, resolution=resolution, dataset=data.data_record(), num_features=num_features
+    unreadable = []
+
+    def images() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in batches:
+            unreadable.extend(batch.get("unreadable", []))
+            yield to_8_bit(batch["pixel_values"], "round"), batch["indices"]
+
+    reference = build_reference(
+        images(), extractor, resolution=resolution, dataset=data.data_record(), num_features=num_features
     )
+    unreadable = gather_object(unreadable)
+    reference.protocol["num_unreadable"] = len(unreadable)
+    reference.notes += [f"Reference: {note}" for note in unreadable_notes(unreadable)]
+    return reference
 
 
 def save_reference(reference: Reference, path: str | Path) -> None:
@@ -229,7 +237,13 @@ def save_reference(reference: Reference, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        np.savez(file, **arrays, num_images=reference.num_images, protocol=json.dumps(reference.protocol))
+        np.savez(
+            file,
+            **arrays,
+            num_images=reference.num_images,
+            protocol=json.dumps(reference.protocol),
+            notes=json.dumps(reference.notes),
+        )
     os.replace(partial, path)
 
 
@@ -269,13 +283,15 @@ def load_reference(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`reference` is {str(path)!r}, allowed: an .npz file that exists.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in _SMALL_ARRAYS if name in archive.files}
-            has_images = "arr_0" in archive.files
-            found = ", ".join(archive.files)
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"`reference` {str(path)!r} cannot be read: {error} Allowed: an .npz file.") from error
+    if not zipfile.is_zipfile(path):  # such as an .npy of another name
+        raise ValueError(f"`reference` {str(path)!r} cannot be read: it is no archive. Allowed: an .npz file.")
+    with _naming_the_file(path), np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in _SMALL_ARRAYS if f"{name}.npy" in archive.zip.namelist()}
+        has_images = "arr_0.npy" in archive.zip.namelist()
+        found = ", ".join(archive.files)
+        no_arrays = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        if no_arrays:
+            raise ValueError(f"{' and '.join(no_arrays)} is no array.")
 
     has_statistics = "mu" in arrays and "sigma" in arrays
     if not has_statistics and not has_images:
@@ -283,19 +299,7 @@ def load_reference(
             f"`reference` {str(path)!r} holds {found or 'nothing'}, allowed: mu and sigma, or images as arr_0."
         )
     if "protocol" in arrays:
-        protocol = json.loads(arrays["protocol"].item())
-        differences = list(_differences(protocol, _comparable_protocol(extractor, resolution)))
-        if differences:
-            raise ValueError(
-                f"`reference` {str(path)!r} was made with another protocol and cannot be compared:"
-                f" {'; '.join(differences)}."
-            )
-        return Reference(
-            **_statistics(path, arrays, extractor, arrays["num_images"].item()),
-            features=torch.from_numpy(arrays["features"]) if "features" in arrays else None,
-            num_images=arrays["num_images"].item(),
-            protocol=protocol,
-        )
+        return _measured_here(path, arrays, extractor, resolution)
 
     statistics_win = has_statistics and (extractor.label == "Inception" or not has_images)
     statistics = _statistics(path, arrays, extractor, None) if statistics_win else {}
@@ -318,7 +322,25 @@ def load_reference(
 
 
 # Everything in a file but its images, which may be far larger than the memory.
-_SMALL_ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "num_images", "protocol")
+_SMALL_ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "num_images", "protocol", "notes")
+
+
+@contextlib.contextmanager
+def _naming_the_file(path: Path) -> Iterator[None]:
+    """Turn what numpy and zipfile raise for damaged and strange archives into an error that names `path`."""
+    try:
+        yield
+    except (
+        EOFError,
+        MemoryError,  # a header that promises too much
+        OSError,
+        RuntimeError,  # encrypted, or compressed in a way that Python does not know
+        ValueError,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise ValueError(f"`reference` {str(path)!r} cannot be read: {error} Allowed: a whole .npz file.") from error
 
 
 def _comparable_protocol(extractor: FeatureExtractor, resolution: int) -> dict[str, Any]:
@@ -326,13 +348,55 @@ def _comparable_protocol(extractor: FeatureExtractor, resolution: int) -> dict[s
     return {"feature_extractor": extractor.description(), "resolution": resolution, "crop": ADM_CENTER_CROP}
 
 
-def _differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """In words, where `found` differs from `expected`."""
-    for name, value in expected.items():
-        if isinstance(value, dict) and isinstance(found.get(name), dict):
-            yield from _differences(found[name], value, f"{prefix}{name}.")
-        elif found.get(name) != value:
-            yield f"{prefix}{name} is {found.get(name)!r} there and {value!r} here"
+def _measured_here(
+    path: Path, arrays: dict[str, np.ndarray], extractor: FeatureExtractor, resolution: int
+) -> Reference:
+    """The reference of a file that [`save_reference`] wrote, if its protocol is that of `extractor`."""
+    missing = [name for name in ("mu", "sigma", "num_images") if name not in arrays]
+    if missing:
+        raise ValueError(f"`reference` {str(path)!r} has a protocol, but lacks {' and '.join(missing)}.")
+    try:
+        protocol = json.loads(str(arrays["protocol"]))
+        notes = json.loads(str(arrays["notes"])) if "notes" in arrays else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`reference` {str(path)!r} holds protocol or notes that are not JSON: {error}") from error
+    expected = _comparable_protocol(extractor, resolution)
+    if not isinstance(protocol, dict) or not isinstance(notes, list):
+        raise ValueError(
+            f"`reference` {str(path)!r} holds the protocol {protocol!r} and the notes {notes!r}, allowed: a JSON"
+            f" object with {', '.join(expected)}, and a list."
+        )
+    if not isinstance(protocol.get("dataset"), (dict, type(None))):
+        raise ValueError(
+            f"`reference` {str(path)!r} holds a protocol whose dataset is {protocol['dataset']!r}, allowed: a JSON"
+            " object, or null."
+        )
+    found = differences({name: protocol[name] for name in expected if name in protocol}, expected)
+    if found:
+        raise ValueError(
+            f"`reference` {str(path)!r} was made with another protocol and cannot be compared: {'; '.join(found)}."
+        )
+    num_images = arrays["num_images"]
+    if num_images.ndim != 0 or not np.issubdtype(num_images.dtype, np.integer) or num_images < 2:
+        raise ValueError(f"`reference` {str(path)!r} holds num_images {num_images}, allowed: an integer from 2 on.")
+    features = None
+    if "features" in arrays:
+        features = arrays["features"]
+        shape = (min(len(features), num_images.item()) if features.ndim else 0, extractor.num_features)
+        if features.dtype != np.float32 or features.shape != shape or not np.isfinite(features).all():
+            raise ValueError(
+                f"`reference` {str(path)!r} holds features of shape {features.shape} and dtype {features.dtype}, or"
+                f" that are not finite, allowed for {extractor.label}: float32 of shape (up to {num_images},"
+                f" {extractor.num_features}), finite."
+            )
+        features = torch.from_numpy(features)
+    return Reference(
+        **_statistics(path, arrays, extractor, num_images.item()),
+        features=features,
+        num_images=num_images.item(),
+        protocol=protocol,
+        notes=notes,
+    )
 
 
 def _statistics(
@@ -349,11 +413,24 @@ def _statistics(
                 f"`reference` {str(path)!r} holds {mean} of shape {arrays[mean].shape}, allowed for the features of"
                 f" {extractor.label}: ({num_features},). It comes from another network."
             )
+        for name in (mean, covariance):
+            if arrays[name].dtype not in (np.float32, np.float64):
+                raise ValueError(
+                    f"`reference` {str(path)!r} holds {name} of dtype {arrays[name].dtype}, allowed: float32 or"
+                    " float64."
+                )
         try:
-            statistics[kind] = GaussianStatistics(count=count, mean=arrays[mean], covariance=arrays[covariance])
+            gaussian = GaussianStatistics(count=count, mean=arrays[mean], covariance=arrays[covariance])
+            eigenvalues = torch.linalg.eigvalsh((gaussian.covariance + gaussian.covariance.T) / 2)
+            if eigenvalues[0] < -1e-4 * eigenvalues[-1].abs():  # as in the Fréchet distance, but before all work
+                raise ValueError(
+                    f"the covariance has the eigenvalue {eigenvalues[0]:.4g} beside {eigenvalues[-1]:.4g}, allowed: 0"
+                    " or more."
+                )
+            statistics[kind] = gaussian
         except ValueError as error:
             raise ValueError(
-                f"`reference` {str(path)!r} holds {mean} and {covariance} that are none: {error}"
+                f"`reference` {str(path)!r} holds {mean} and {covariance} that are not valid: {error}"
             ) from error
     return statistics
 
@@ -362,10 +439,13 @@ def _npz_images(
     accelerator: Accelerator, path: Path, resolution: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images of `arr_0` that belong to this process, batch by batch, and their numbers."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(file)
+    with contextlib.ExitStack() as opened:
+        with _naming_the_file(path):
+            file = opened.enter_context(opened.enter_context(zipfile.ZipFile(path)).open("arr_0.npy"))
+            if np.lib.format.read_magic(file) == (1, 0):
+                shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or is_fortran:
             raise ValueError(
                 f"`reference` {str(path)!r} holds arr_0 of shape {shape} and dtype {dtype}, allowed: (N, H, W, 3) of"
@@ -379,8 +459,12 @@ def _npz_images(
         image_bytes = resolution * resolution * 3
         for number, indices in enumerate(torch.arange(shape[0]).split(batch_size)):
             if number % accelerator.num_processes != accelerator.process_index:
-                file.seek(len(indices) * image_bytes, os.SEEK_CUR)
+                with _naming_the_file(path):
+                    file.seek(len(indices) * image_bytes, os.SEEK_CUR)
                 continue
-            data = file.read(len(indices) * image_bytes)
+            with _naming_the_file(path):
+                data = file.read(len(indices) * image_bytes)
+            if len(data) < len(indices) * image_bytes:
+                raise ValueError(f"`reference` {str(path)!r} ends in the middle of arr_0, allowed: a whole file.")
             images = np.frombuffer(data, np.uint8).reshape(len(indices), *shape[1:])
             yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2), indices

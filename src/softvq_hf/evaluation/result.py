@@ -3,23 +3,22 @@
 import importlib.metadata
 import json
 import math
+import os
 import sys
-from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import EvalResult
 
 from softvq_hf.training.hub import update_model_index
-from softvq_hf.training.logging import library_versions, without_hub_token, write_atomically
+from softvq_hf.training.logging import hardware_record, library_versions, without_hub_token, write_atomically
 
 
-METRIC_LIBRARIES = ("torchmetrics", "torch-fidelity", "lpips", "torchvision", "scipy")
+METRIC_LIBRARIES = ("torch-fidelity", "lpips", "torchvision", "scikit-image", "scipy")
 
 
 def build_result(
@@ -51,11 +50,11 @@ def build_result(
         `dict`: the above, and
 
         - `versions`: of libraries, Python, and the CUDA that torch was built with.
-        - `hardware`: `devices`, number of processes by name of their device; `num_processes`; `mixed_precision`.
-        - `command`: the words of the command line, without tokens.
+        - `hardware`: see [`~softvq_hf.training.logging.hardware_record`].
+        - `command`: the words of the command line, without tokens, and with `~` for the home folder.
         - `date`: UTC, ISO 8601.
 
-        Numbers that are not finite, which JSON does not know, are `None`; a note says so.
+        Numbers of numpy are Python's. Those that are not finite, which JSON does not know, are `None`; a note says so.
 
     Raises:
         ValueError: If `protocol` lacks `name` or `num_images`.
@@ -63,8 +62,6 @@ def build_result(
     missing = [name for name in ("name", "num_images") if name not in protocol]
     if missing:
         raise ValueError(f"`protocol` lacks {' and '.join(missing)}.")
-    device = accelerator.device
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     notes = list(notes)
     tables = {"metrics": metrics, **details}
     return {
@@ -72,15 +69,11 @@ def build_result(
         "model": Path(model).resolve().name if Path(model).is_dir() else model,
         "dataset": dataset,
         **{name: _finite(table, name, notes) for name, table in tables.items()},
-        "protocol": protocol,
+        "protocol": _finite(protocol, "protocol", notes),
         "notes": notes,
         "versions": library_versions() | {name: importlib.metadata.version(name) for name in METRIC_LIBRARIES},
-        "hardware": {
-            "devices": dict(Counter(gather_object([device_name]))),
-            "num_processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-        },
-        "command": without_hub_token(sys.argv),
+        "hardware": hardware_record(accelerator),
+        "command": [word.replace(f"{Path.home()}{os.sep}", f"~{os.sep}") for word in without_hub_token(sys.argv)],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -155,12 +148,41 @@ def update_model_card(folder: str | Path, result: dict[str, Any], model: ModelMi
     update_model_index(folder, eval_results, model)
 
 
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """
+    Where two records differ, nested ones included.
+
+    Args:
+        found (`dict`): What a file says.
+        wanted (`dict`): What it should say. Both are compared as JSON has them.
+
+    Returns:
+        `list[str]`: in words, one for each value that differs; empty for equal records.
+    """
+    found, wanted = (_by_dotted_names(json.loads(json.dumps(record))) for record in (found, wanted))
+    return [
+        f"`{name}` is {found.get(name, 'not given')} there and {wanted.get(name, 'not given')} here"
+        for name in {**found, **wanted}
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def _by_dotted_names(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values = {}
+    for name, value in record.items():
+        nested = isinstance(value, dict)
+        values |= _by_dotted_names(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return values
+
+
 def _finite(value: Any, name: str, notes: list[str]) -> Any:
-    """`value` with `None` for numbers that are not finite, which `notes` name."""
+    """`value` as JSON has it: numbers of numpy as Python's, and `None` for those not finite, which `notes` name."""
     if isinstance(value, dict):
         return {key: _finite(entry, key, notes) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(entry, f"{name}[{i}]", notes) for i, entry in enumerate(value)]
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         notes.append(f"{name} is {'not a number' if math.isnan(value) else 'infinite'}, which JSON has as null.")
         return None

@@ -4,9 +4,11 @@ adds to.
     samples/
         plan.json                       everything that the images depend on
         images/00012-of-00196.npy       uint8 (images, height, width, 3)
+        images/00012-of-00196.sha256    its checksum, for `sha256sum --check` as well
         samples.npz                     all of them as `arr_0` and their class labels as `arr_1`
 """
 
+import hashlib
 import json
 import os
 import zipfile
@@ -18,14 +20,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from softvq_hf.data.latents import tokenizer_fingerprint
 from softvq_hf.evaluation.data import to_8_bit
-from softvq_hf.metrics.images import ROUNDINGS
+from softvq_hf.evaluation.result import differences
+from softvq_hf.metrics.batches import not_finite
+from softvq_hf.metrics.images import check_rounding
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.training.arguments import check_output_dir
 from softvq_hf.training.generator import get_image_size
+from softvq_hf.training.logging import write_atomically
 
 
 logger = get_logger(__name__)
@@ -35,7 +41,7 @@ PLAN_FILE = "plan.json"
 NPZ_FILE = "samples.npz"
 
 
-def generate_samples(
+def plan_samples(
     pipeline: SoftVQPipeline,
     output_dir: str | Path,
     accelerator: Accelerator,
@@ -47,57 +53,39 @@ def generate_samples(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     num_inference_steps: int = 50,
     rounding: str = "round",
-    batch_size: int = 32,
     shard_size: int = 256,
 ) -> "SampleFolder":
     """
-    Fill a folder with images of a pipeline. Collective: every process calls it.
-
-    The noise of image i and its class label depend on `seed` and i alone. Images are divided into shards of
-    `shard_size`, whatever the number of processes; processes take turns at the shards that are missing, and no batch
-    crosses the border of a shard. A shard appears when it is finished, so an interrupted run goes on by the same call,
-    with as many processes as you like, and loses at most one unfinished shard for each process. The images are
-    bit-equal then, and for every number of processes. Another `batch_size`, another device or another version of torch
-    may round a number differently inside of the networks: with other batches on a CPU in float32, at most 3 of 100,000
-    pixel values differed, by one grey level.
+    Say which images a folder is to have, and find what is wrong with that before any work is done.
 
     Mixed precision is that of `accelerator`. It is for the transformer: the state of the sampler is float32, and the
     decoder runs in the dtype of its weights.
 
     Args:
-        pipeline ([`SoftVQPipeline`]): The pipeline; it is moved to the device of `accelerator`.
+        pipeline ([`SoftVQPipeline`]): The pipeline.
         output_dir (`str` or `Path`): The folder; it is made if needed.
-        accelerator (`Accelerator`): Device, processes and mixed precision.
+        accelerator (`Accelerator`): Mixed precision.
         num_images (`int`): How many images, from 1 on.
         labels (`str`, *optional*, defaults to `"iid"`): "iid" or "balanced", see [`draw_labels`].
         seed (`int`, *optional*, defaults to 0): From 0 on.
         guidance_scale (`float`), guidance_interval (`tuple` of two `float`), num_inference_steps (`int`):
             As in [`SoftVQPipeline.__call__`].
         rounding (`str`, *optional*, defaults to `"round"`): To 8 bits, see [`~softvq_hf.metrics.images.to_uint8`].
-        batch_size (`int`, *optional*, defaults to 32): Images at a time on each process.
         shard_size (`int`, *optional*, defaults to 256):
             Images in a file, all of which are held in memory while it is made: 50 MB at 256 pixels.
 
     Returns:
-        [`SampleFolder`]: complete on all processes.
+        [`SampleFolder`]: with all, some or none of its images, for [`generate_samples`].
 
     Raises:
-        ValueError: If an argument is not allowed, the folder holds images that were made in another way (every
-            difference is named), or the pipeline makes an image that is not finite (which is named).
+        ValueError: If an argument is not allowed, or the folder holds images that were made in another way (every
+            difference is named) or cannot be written.
     """
-    for name, value, lowest in (
-        ("num_images", num_images, 1),
-        ("seed", seed, 0),
-        ("batch_size", batch_size, 1),
-        ("shard_size", shard_size, 1),
-    ):
+    for name, value, lowest in (("num_images", num_images, 1), ("seed", seed, 0), ("shard_size", shard_size, 1)):
         if value < lowest:
             raise ValueError(f"`{name}` is {value}, allowed: integers from {lowest} on.")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"`rounding` is {rounding!r}, allowed: {', '.join(map(repr, ROUNDINGS))}.")
+    check_rounding(rounding)
     pipeline.check_inputs(1, guidance_scale, guidance_interval, num_inference_steps, None, None, "pt", [])
-
-    # 1. The plan: everything that the images depend on
     height, width = get_image_size(pipeline.vae, pipeline.transformer)
     plan = {
         "num_images": num_images,
@@ -117,17 +105,47 @@ def generate_samples(
     samples = SampleFolder(output_dir, plan)
     check_output_dir(str(output_dir))
     check_plan(output_dir, plan)
-    missing = [shard for shard in range(samples.num_shards) if not samples.path(shard).is_file()]
-    accelerator.wait_for_everyone()  # everyone has seen the same state of the folder
+    return samples
+
+
+def generate_samples(
+    pipeline: SoftVQPipeline, samples: "SampleFolder", accelerator: Accelerator, *, batch_size: int = 32
+) -> None:
+    """
+    Fill a folder with the images of its plan. Collective: every process calls it.
+
+    The noise of image i and its class label depend on the seed and i alone ("balanced" labels on the number of images
+    as well). Images are divided into shards of fixed size, whatever the number of processes; processes take turns at
+    the shards that are missing, and no batch crosses the border of a shard. A shard appears when it is finished, so an
+    interrupted run goes on by the same calls, with as many processes as you like, and loses at most one unfinished
+    shard for each process. Shards that are there are read once: one that does not agree with its checksum is made
+    again, with a warning. The images are bit-equal then, and for every number of processes. Another `batch_size`,
+    another device or another version of torch may round a number differently inside of the networks, and then a few
+    pixel values by one grey level.
+
+    Args:
+        pipeline ([`SoftVQPipeline`]): That of the plan; it is moved to the device of `accelerator`.
+        samples ([`SampleFolder`]): From [`plan_samples`]; complete afterwards.
+        accelerator (`Accelerator`): Device, processes and mixed precision.
+        batch_size (`int`, *optional*, defaults to 32): Images at a time on each process.
+
+    Raises:
+        ValueError: If `batch_size` is not allowed, or the pipeline makes an image that is not finite (which is named).
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}, allowed: integers from 1 on.")
+    plan = samples.plan
+    checked = range(samples.num_shards)[accelerator.process_index :: accelerator.num_processes]
+    # everyone has seen the same state of the folder
+    missing = sorted(gather_object([shard for shard in checked if not samples.is_whole(shard)]))
     if accelerator.is_main_process:
-        write_plan(output_dir, plan)
+        write_atomically(samples.output_dir / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
     accelerator.wait_for_everyone()  # no shard without it
     logger.info(
-        f"{num_images} images in {samples.num_shards} shards, {samples.num_shards - len(missing)} of them are there"
-        " already"
+        f"{samples.num_images} images in {samples.num_shards} shards, {samples.num_shards - len(missing)} of them are"
+        " there already"
     )
 
-    # 2. The images
     own_shards = missing[accelerator.process_index :: accelerator.num_processes]
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -139,29 +157,28 @@ def generate_samples(
     )
     for shard in own_shards:
         indices = samples.indices(shard)
-        shard_images = np.empty((len(indices), height, width, 3), np.uint8)
+        shard_images = np.empty((len(indices), plan["height"], plan["width"], 3), np.uint8)
         for first in range(0, len(indices), batch_size):
             batch = indices[first : first + batch_size]
             with accelerator.autocast():
                 latents = pipeline(
                     samples.class_labels[batch],
-                    guidance_scale=guidance_scale,
-                    guidance_interval=tuple(guidance_interval),
-                    num_inference_steps=num_inference_steps,
-                    generator=[image_generator(seed, index) for index in batch],
+                    guidance_scale=plan["guidance_scale"],
+                    guidance_interval=tuple(plan["guidance_interval"]),
+                    num_inference_steps=plan["num_inference_steps"],
+                    generator=[image_generator(plan["seed"], index) for index in batch],
                     output_type="latent",
                 ).images
             check_finite(latents, batch, samples)
             with torch.no_grad():
                 pixel_values = pipeline.decode_latents(latents)
             check_finite(pixel_values, batch, samples)
-            images = to_8_bit(pixel_values, rounding)
+            images = to_8_bit(pixel_values, plan["rounding"])
             shard_images[first : first + len(batch)] = images.permute(0, 2, 3, 1).cpu().numpy()
             progress.update(len(batch))
         samples.write(shard, shard_images)
     progress.close()
     accelerator.wait_for_everyone()
-    return samples
 
 
 def draw_labels(labels: str, num_images: int, num_classes: int, seed: int) -> np.ndarray:
@@ -172,8 +189,8 @@ def draw_labels(labels: str, num_images: int, num_classes: int, seed: int) -> np
         labels (`str`):
             "iid": each label is drawn uniformly from all classes, independently of the others. It depends on `seed`
             and the number of the image only, not on `num_images`. Or "balanced": every class `num_images /
-            num_classes` times, rounded down, or up for the first classes where the division leaves a rest, in random
-            order.
+            num_classes` times, rounded down, or up for the first classes where the division leaves a rest, in an order
+            that `seed` and `num_images` decide: with another number of images all labels are others.
         num_images (`int`), num_classes (`int`): How many.
         seed (`int`): From 0 on.
 
@@ -216,7 +233,7 @@ def check_finite(values: torch.Tensor, indices: Sequence[int], samples: "SampleF
     Raises:
         ValueError: If a number is NaN or infinite; it names the images.
     """
-    broken = [index for index, value in zip(indices, values, strict=True) if not value.isfinite().all()]
+    broken = [indices[i] for i in not_finite(values)]
     if broken:
         raise ValueError(
             "The pipeline makes images that are not finite (NaN or infinite): with `seed`"
@@ -244,7 +261,7 @@ def check_plan(output_dir: str | Path, plan: dict[str, Any]) -> None:
     Refuse to mix: what `output_dir` holds already must have been made by the same plan.
 
     Raises:
-        ValueError: If it has another plan (every difference is named), or images without one.
+        ValueError: If it has another plan (every difference is named), images without one, or a damaged one.
     """
     path = Path(output_dir, PLAN_FILE)
     if not path.is_file():
@@ -254,34 +271,22 @@ def check_plan(output_dir: str | Path, plan: dict[str, Any]) -> None:
                 " made. Use another folder."
             )
         return
-    found = _flatten(json.loads(path.read_text(encoding="utf-8")))
-    wanted = _flatten(json.loads(json.dumps(plan)))
-    differences = [
-        f"`{name}` is {found.get(name, 'not given')} there and {wanted.get(name, 'not given')} here"
-        for name in {**found, **wanted}
-        if found.get(name) != wanted.get(name)
-    ]
-    if differences:
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path} is damaged: {error}. {_NEW_FOLDER}") from error
+    if not isinstance(earlier, dict):
+        raise ValueError(f"{path} is damaged: it holds {earlier!r} in place of a JSON object. {_NEW_FOLDER}")
+    found = differences(earlier, plan)
+    if found:
         raise ValueError(
-            f"`output_dir` is {str(output_dir)!r}, which holds images of another plan: {'; '.join(differences)}. Use"
-            " the same arguments, or another folder."
+            f"`output_dir` is {str(output_dir)!r}, which holds images of another plan: {'; '.join(found)}. Use the"
+            " same arguments, or another folder."
         )
 
 
-def _flatten(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted names."""
-    flat = {}
-    for name, value in plan.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def write_plan(output_dir: str | Path, plan: dict[str, Any]) -> None:
-    """Write `plan.json`, at once or not at all."""
-    path = Path(output_dir, PLAN_FILE)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+# What to do about a damaged plan: nothing else says how the images beside it were made.
+_NEW_FOLDER = "Use another folder, or delete this one to make its images anew."
 
 
 class SampleFolder:
@@ -316,13 +321,33 @@ class SampleFolder:
         return range(self.num_images)[shard * shard_size : (shard + 1) * shard_size]
 
     def write(self, shard: int, images: np.ndarray) -> None:
-        """Write a shard, uint8 of shape `(images, height, width, 3)`, at once or not at all."""
+        """
+        Write a shard, uint8 of shape `(images, height, width, 3)`, at once or not at all, and before it its checksum:
+        the shard is there when it has its name.
+        """
         path = self.path(shard)
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         with unfinished.open("wb") as file:
             np.save(file, images)
+        path.with_suffix(".sha256").write_bytes(_checksum_line(unfinished, path.name))
         os.replace(unfinished, path)
+
+    def is_whole(self, shard: int) -> bool:
+        """
+        Whether a shard is there and agrees with its checksum. It is read as a whole; a damaged one gives a warning.
+        """
+        path = self.path(shard)
+        if not path.exists():
+            return False
+        try:
+            if path.with_suffix(".sha256").read_bytes() == _checksum_line(path, path.name):
+                return True
+            reason = "it does not agree with its checksum"
+        except OSError as error:
+            reason = str(error)
+        logger.warning(f"{path} is damaged: {reason}. It is made again.", main_process_only=False)
+        return False
 
     def read(self, shard: int) -> np.ndarray:
         """
@@ -334,8 +359,8 @@ class SampleFolder:
         path = self.path(shard)
         shape = (len(self.indices(shard)), self.plan["height"], self.plan["width"], 3)
         try:
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (EOFError, ValueError) as error:
+            images = np.lib.format.open_memmap(path, mode="r")
+        except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}. Delete it; the same command makes it anew.") from error
         if images.dtype != np.uint8 or images.shape != shape:
             raise ValueError(
@@ -366,14 +391,17 @@ class SampleFolder:
         """
         All images in one file, as the evaluation scripts of ADM (arXiv 2105.05233) take them, at once or not at all.
         One shard is in memory at a time. The file is as large as all shards together: 9.8 GB for 50,000 images of 256
-        pixels.
+        pixels. One that is there and is no older than any shard stays as it is.
 
         Returns:
             `Path`: of the file. `np.load` reads `arr_0`, uint8 of shape `(num_images, height, width, 3)`, and `arr_1`,
             the labels.
         """
         path = self.output_dir / NPZ_FILE
-        unfinished = path.with_suffix(".unfinished")
+        shards = [self.path(shard) for shard in range(self.num_shards)]
+        if path.is_file() and all(shard.stat().st_mtime_ns <= path.stat().st_mtime_ns for shard in shards):
+            return path
+        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         shape = (self.num_images, self.plan["height"], self.plan["width"], 3)
         with zipfile.ZipFile(unfinished, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -385,3 +413,9 @@ class SampleFolder:
                 np.lib.format.write_array(member, self.class_labels)
         os.replace(unfinished, path)
         return path
+
+
+def _checksum_line(path: Path, name: str) -> bytes:
+    """What `sha256sum` writes of a file that is to be called `name`."""
+    with path.open("rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode()

@@ -5,6 +5,8 @@ import math
 import torch
 from diffusers import AutoencoderKL
 
+from softvq_hf.metrics.batches import not_finite
+from softvq_hf.metrics.codebook_usage import CodebookUsage
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.training.generator import get_image_size
 
@@ -69,6 +71,22 @@ def decode_tokens(vae: AutoencoderSoftVQ | AutoencoderKL, latents: torch.Tensor,
     return vae.decode(latents, sample_size=(resolution, resolution)).sample
 
 
+def codebook_usage(vae: AutoencoderSoftVQ | AutoencoderKL) -> CodebookUsage | None:
+    """
+    The metric that takes the indices of [`encode_tokens`].
+
+    Args:
+        vae ([`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]): The tokenizer.
+
+    Returns:
+        [`CodebookUsage`] or `None`: for "softvq" and "vq"; other tokenizers have no codebook.
+    """
+    if vae.config.get("quantizer") not in ("softvq", "vq"):
+        return None
+    num_codebooks = vae.config.num_codebooks if vae.config.quantizer == "softvq" else 1
+    return CodebookUsage(vae.config.codebook_size, num_codebooks)
+
+
 def check_finite(values: torch.Tensor, name: str, image_id: list[str | int]) -> None:
     """
     Refuse what a diverged model gives.
@@ -81,7 +99,7 @@ def check_finite(values: torch.Tensor, name: str, image_id: list[str | int]) -> 
     Raises:
         ValueError: If values are not finite. It names the images.
     """
-    broken = [str(image) for image, value in zip(image_id, values, strict=True) if not value.isfinite().all()]
+    broken = [str(image_id[i]) for i in not_finite(values)]
     if broken:
         raise ValueError(
             f"The tokenizer gives {name} that are not finite (NaN or infinite) for {', '.join(broken)}. Its weights"

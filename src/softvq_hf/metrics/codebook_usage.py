@@ -11,6 +11,20 @@ from softvq_hf.metrics.batches import check_batch
 from softvq_hf.metrics.streaming import StreamingMetric
 
 
+_DESCRIPTION = """
+Share of the codewords that are chosen at least once, and perplexity of the choices.
+"""
+_INPUTS = """
+Args:
+    predictions: `(B, num_codebooks, T)` integers, the chosen codeword of each token.
+Returns:
+    codebook_usage (`float`): In (0, 1].
+    codebook_perplexity (`float`): From 1 to the number of codewords, the mean over the codebooks.
+    codebook_perplexity_per_codebook (`list[float]`): The same of each codebook.
+    num_tokens (`int`): Number of choices.
+"""
+
+
 def codebook_statistics(counts: torch.Tensor) -> tuple[float, torch.Tensor]:
     """
     Use of codebooks, from how often each codeword was chosen.
@@ -61,27 +75,23 @@ class CodebookUsage(StreamingMetric):
         kwargs: As in [`StreamingMetric`].
 
     Raises:
-        ValueError: If a size is below 1; on adding, if indices are no integers in [0, codebook_size) or of another
-            shape, or there are references; on computing, if nothing was added.
+        ValueError: If a size is no integer from 1 on; on adding, if indices are no integers in [0,
+            codebook_size) or of another shape, or there are references; on computing, if nothing was added.
     """
 
     def __init__(self, codebook_size: int, num_codebooks: int = 1, **kwargs: Any) -> None:
         for name, value in (("codebook_size", codebook_size), ("num_codebooks", num_codebooks)):
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}, allowed: integers from 1 on.")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, allowed: integers from 1 on.")
         self.codebook_size = codebook_size
         self.num_codebooks = num_codebooks
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Share of the codewords that are chosen at least once, and perplexity of the choices.",
+            description=_DESCRIPTION,
             citation="",
-            inputs_description=(
-                "\n\npredictions: integers of shape (B, num_codebooks, T), the chosen codeword of each token."
-                " Returns `codebook_usage`, in (0, 1], `codebook_perplexity`, the mean over codebooks,"
-                " `codebook_perplexity_per_codebook` and `num_tokens`."
-            ),
+            inputs_description=_INPUTS,
             features=datasets.Features(predictions=datasets.Array2D((self.num_codebooks, None), "int64")),
         )
 
@@ -99,6 +109,7 @@ class CodebookUsage(StreamingMetric):
             )
         if indices.dtype.is_floating_point or indices.dtype in (torch.bool, torch.complex64, torch.complex128):
             raise ValueError(f"`predictions` has dtype {indices.dtype}, allowed: integers.")
+        indices = indices.long()
         lowest, highest = indices.min().item(), indices.max().item()
         if lowest < 0 or highest >= self.codebook_size:
             raise ValueError(

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from softvq_hf.metrics.batches import check_batch
+from softvq_hf.metrics.batches import check_batch, not_finite
 from softvq_hf.metrics.feature_sample import FeatureSample
+from softvq_hf.metrics.features import FeatureExtractor, load_feature_extractor
 from softvq_hf.metrics.images import ImageRange, check_images
 from softvq_hf.metrics.streaming import StreamingMetric
 
@@ -24,7 +25,7 @@ def check_features(features: Any, argument: str, num_features: int | None = None
         num_features (`int`, *optional*): The `D` of earlier batches.
 
     Returns:
-        `torch.Tensor` of shape `(B, D)`: float64 if they were, else float32.
+        `torch.Tensor` of shape `(B, D)`: dtype and numbers as they were.
 
     Raises:
         ValueError: If the shape or the type is another one, `D` has changed, or a value is not finite.
@@ -39,10 +40,27 @@ def check_features(features: Any, argument: str, num_features: int | None = None
         raise ValueError(
             f"`{argument}` has {features.shape[1]} features per sample, allowed as with the others: {num_features}."
         )
-    if not features.isfinite().all():
-        broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+    broken = not_finite(features)
+    if broken:
         raise ValueError(f"`{argument}` holds values that are not finite (NaN or infinite), in the samples {broken}.")
-    return features if features.dtype == torch.float64 else features.float()
+    return features
+
+
+def check_feature_sets(predictions: torch.Tensor, references: torch.Tensor, minimum: int, argument: str) -> None:
+    """
+    Raises a `ValueError` if either set of features has fewer than the `minimum` samples that `argument` asks for, or
+    they are not of shape `(N, D)` and `(M, D)`.
+    """
+    for side, features in (("predictions", predictions), ("references", references)):
+        if features.ndim != 2:
+            raise ValueError(f"`{side}` has shape {tuple(features.shape)}, allowed: (number of samples, features).")
+        if len(features) < minimum:
+            raise ValueError(f"`{side}` has {len(features)} sample(s), allowed with {argument}: {minimum} or more.")
+    if predictions.shape[1] != references.shape[1]:
+        raise ValueError(
+            f"`predictions` has {predictions.shape[1]} features per sample, allowed as in `references`:"
+            f" {references.shape[1]}."
+        )
 
 
 class FeatureMetric(StreamingMetric, ABC):
@@ -59,17 +77,23 @@ class FeatureMetric(StreamingMetric, ABC):
             `references` are images then, as in [`check_images`]. Without it they are features already.
         kwargs: As in [`StreamingMetric`].
 
+    Raises:
+        ValueError: If `feature_extractor` is none of these.
+
     Attributes:
         layer (`str`): Which output of the extractor is compared: the name of a field of [`ImageFeatures`].
     """
 
     layer = "features"
 
-    def __init__(self, feature_extractor: Any = None, **kwargs: Any) -> None:
+    def __init__(self, feature_extractor: FeatureExtractor | str | None = None, **kwargs: Any) -> None:
         if isinstance(feature_extractor, str):
-            from softvq_hf.metrics.features import load_feature_extractor  # loads transformers and torch-fidelity
-
             feature_extractor = load_feature_extractor(feature_extractor)
+        if feature_extractor is not None and not isinstance(feature_extractor, FeatureExtractor):
+            raise ValueError(
+                f"`feature_extractor` is of type {type(feature_extractor).__name__}, allowed: a FeatureExtractor, the "
+                "name of one, or None for features."
+            )
         self.feature_extractor = feature_extractor
         super().__init__(**kwargs)
 
@@ -145,7 +169,9 @@ class SampledFeatureMetric(FeatureMetric, ABC):
         kwargs: As in [`StreamingMetric`].
     """
 
-    def __init__(self, feature_extractor: Any, capacity: int, seed: int, **kwargs: Any) -> None:
+    def __init__(
+        self, feature_extractor: FeatureExtractor | str | None, capacity: int, seed: int, **kwargs: Any
+    ) -> None:
         self.capacity = capacity
         super().__init__(feature_extractor, seed=seed, **kwargs)
 
@@ -159,13 +185,6 @@ class SampledFeatureMetric(FeatureMetric, ABC):
         }
         for side, batch in features.items():
             self.accumulators[side].update(batch, numbers[side])
-
-    def check_counts(self, accumulators: dict[str, FeatureSample], minimum: int, argument: str) -> None:
-        """Raise a `ValueError` if either side has fewer than the `minimum` samples that `argument` asks for."""
-        for side in ("predictions", "references"):
-            count = accumulators[side].count
-            if count < minimum:
-                raise ValueError(f"`{side}` had {count} sample(s), allowed with {argument}: {minimum} or more.")
 
 
 def sample_indices(indices: Any, argument: str, num_samples: int, num_earlier: int) -> np.ndarray:
@@ -193,11 +212,16 @@ def sample_indices(indices: Any, argument: str, num_samples: int, num_earlier: i
                 " that the result does not depend on which process has it."
             )
         return np.arange(num_earlier, num_earlier + num_samples)
-    indices = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
+    try:
+        indices = np.asarray(indices.detach().cpu() if isinstance(indices, torch.Tensor) else indices)
+    except (TypeError, ValueError) as error:  # numpy has no bfloat16, and no rows of different lengths
+        raise ValueError(f"`indices` cannot be read as numbers ({error}), allowed: integers from 0 on.") from error
     if indices.shape != (num_samples,):
         raise ValueError(
             f"`indices` has shape {indices.shape}, allowed with {num_samples} `{argument}`: ({num_samples},)."
         )
-    if not np.issubdtype(indices.dtype, np.integer) or indices.min() < 0:
-        raise ValueError(f"`indices` holds {indices.min()} of dtype {indices.dtype}, allowed: integers from 0 on.")
+    if not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(f"`indices` has dtype {indices.dtype}, allowed: integers from 0 on.")
+    if indices.min() < 0 or indices.max() >= 2**63:
+        raise ValueError(f"`indices` holds {indices.min()} to {indices.max()}, allowed: 0 to 2 ** 63 - 1.")
     return indices.astype(np.int64)

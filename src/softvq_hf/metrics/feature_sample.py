@@ -14,7 +14,8 @@ class FeatureSample:
     Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"); those of the lowest priorities are
     kept. So the sample is the same for any order, batch size and number of processes.
 
-    Memory: up to `capacity * D * 4` bytes, 410 MB for 50 000 times the 2048 features of Inception.
+    Memory: up to `capacity * D * 4` bytes, 410 MB for 50 000 times the 2048 features of Inception; twice as much for
+    features in float64, which are kept as such: differences beside a large common offset may not fit into float32.
 
     Args:
         capacity (`int`): Number of features to keep, from 1 on.
@@ -35,7 +36,9 @@ class FeatureSample:
         self.count = 0
         self.num_features: int | None = None
         self._indices = np.empty(0, np.int64)
-        self._buffer = torch.empty(0, 0)  # (capacity, D) from the first batch on; its first len(_indices) rows count
+        self._buffer = torch.empty(
+            0, 0, dtype=torch.float32
+        )  # (capacity, D) from the first batch on; its first len(_indices) rows count
 
     def __len__(self) -> int:
         """Number of features kept."""
@@ -49,7 +52,8 @@ class FeatureSample:
         Take in a batch.
 
         Args:
-            features (`torch.Tensor` of shape `(B, D)`): Floating point, kept as float32 on the CPU.
+            features (`torch.Tensor` of shape `(B, D)`):
+                Floating point, kept on the CPU as float64 if they are or earlier ones were, else as float32.
             indices (`numpy.ndarray` of shape `(B,)`): int64, the number of each in the whole set.
 
         Raises:
@@ -61,9 +65,11 @@ class FeatureSample:
             raise ValueError(
                 f"The features have {features.shape[1]} numbers, allowed after the earlier ones: {self.num_features}."
             )
-        if len(self._buffer) < self.capacity:
+        dtype = torch.promote_types(self._buffer.dtype, features.dtype)
+        if len(self._buffer) < self.capacity or self._buffer.dtype != dtype:
             kept = self._buffer[: len(self)].reshape(len(self), self.num_features)
-            self._buffer = torch.empty(self.capacity, self.num_features)  # memory is used as it is written to
+            # memory is used as it is written to
+            self._buffer = torch.empty(self.capacity, self.num_features, dtype=dtype)
             self._buffer[: len(self)] = kept
         self.count += len(features)
         free = min(self.capacity - len(self), len(features))
@@ -83,7 +89,7 @@ class FeatureSample:
         The sample, in the order of its priorities, which is random with respect to the order of the indices.
 
         Returns:
-            `torch.Tensor` of shape `(min(count, capacity), D)`: float32.
+            `torch.Tensor` of shape `(min(count, capacity), D)`: float32, or float64 if some of the features were.
 
         Raises:
             ValueError: If an index was given twice.
@@ -103,7 +109,7 @@ class FeatureSample:
         lowest[np.argpartition(priorities, self.capacity - 1)[: self.capacity]] = True
         places = np.flatnonzero(~lowest[: self.capacity])
         chosen = np.flatnonzero(lowest[self.capacity :])
-        self._buffer[torch.from_numpy(places)] = features[torch.from_numpy(chosen)].float()
+        self._buffer[torch.from_numpy(places)] = features[torch.from_numpy(chosen)].to(self._buffer.dtype)
         self._indices[places] = indices[chosen]
 
 

@@ -10,20 +10,21 @@ import io
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from torch import nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.bit.image_processing_bit import BitImageProcessor
-from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from softvq_hf.metrics.precision import full_float32
 from softvq_hf.metrics.weights import FeatureWeightsUnavailable, locate_weights, read_weights
+
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 
 # Channels of spatial features that count (sFID, arXiv 2103.03841, as in the evaluator of ADM, arXiv 2105.05233).
@@ -93,7 +94,7 @@ class FeatureExtractor(nn.Module):
             images (`torch.Tensor` of shape `(B, 3, H, W)`): uint8, on any device.
 
         Returns:
-            [`ImageFeatures`]: on the device of the weights. Under autocast, too, they are computed in float32.
+            [`ImageFeatures`]: on the device of the weights, computed in float32 even where autocast or TF32 is on.
 
         Raises:
             ValueError: If the images have another shape or dtype.
@@ -102,7 +103,7 @@ class FeatureExtractor(nn.Module):
             raise ValueError(
                 f"`images` has shape {tuple(images.shape)} and dtype {images.dtype}, allowed: (B, 3, H, W) of uint8."
             )
-        with torch.autocast(self.device.type, enabled=False):
+        with full_float32(self.device.type):
             return self.extract(images.to(self.device))
 
 
@@ -121,7 +122,11 @@ class InceptionFeatureExtractor(FeatureExtractor):
         weights_path (`str` or `os.PathLike`, *optional*):
             torch-fidelity's file of weights (`weights-inception-2015-12-05-6726825d.pth`, 96 MB). By default it is
             taken from torch's hub cache, and downloaded there if need be. Other tensors of the same names and shapes
-            are accepted too: `description` tells them apart, and figures from them are not FID.
+            are accepted too: figures from them are not FID.
+
+    Attributes:
+        label (`str`): "Inception" if the SHA-256 of the file begins as published, wherever it came from; otherwise
+            "Inception with weights" and the first 8 digits of its SHA-256.
 
     Raises:
         FileNotFoundError: If `weights_path` does not exist.
@@ -129,14 +134,19 @@ class InceptionFeatureExtractor(FeatureExtractor):
         ValueError: If the file cannot be read, or its tensors are not those of the network. Nothing in it is executed.
     """
 
-    label = "Inception"
     num_features = 2048
     num_spatial_features = 17 * 17 * NUM_SPATIAL_CHANNELS
     num_classes = 1008
 
     def __init__(self, weights_path: str | os.PathLike | None = None) -> None:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
         super().__init__()
         path = locate_weights(URL_INCEPTION_V3, weights_path, "weights_path", "The Inception network of FID")
+        with path.open("rb") as file:
+            file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        is_published = file_sha256.startswith(Path(URL_INCEPTION_V3).stem.rsplit("-", 1)[1])
+        self.label = "Inception" if is_published else f"Inception with weights {file_sha256[:8]}"
         # torch-fidelity reads its file as a pickle that may execute code, so it gets a copy of the tensors alone
         tensors = io.BytesIO()
         torch.save(read_weights(path), tensors)
@@ -206,11 +216,13 @@ class TransformersFeatureExtractor(FeatureExtractor):
         label: str | None = None,
         revision: str | None = None,
         token: str | None = None,
-        image_processor: BaseImageProcessor | None = None,
+        image_processor: "BaseImageProcessor | None" = None,
     ) -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
         super().__init__()
         name = os.fspath(name_or_path)
-        hub_options = {"revision": revision or "main", "token": token}
+        hub_options = {"revision": revision or "main", "token": token, "trust_remote_code": False}
         try:
             config = AutoConfig.from_pretrained(name, **hub_options)
             architectures = config.architectures or []
@@ -328,6 +340,9 @@ def load_feature_extractor(
     if weights_path is not None:
         raise ValueError(f"`weights_path` is {os.fspath(weights_path)!r}, allowed: None for {name!r}.")
     if name == "dinov2":
+        from transformers import BitImageProcessor
+        from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
         image_processor = BitImageProcessor(
             size={"height": 224, "width": 224},
             resample=3,  # bicubic

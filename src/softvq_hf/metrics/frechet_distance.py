@@ -8,6 +8,7 @@ import torch
 from accelerate.logging import get_logger
 
 from softvq_hf.metrics.feature_metric import FeatureMetric
+from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.metrics.gaussian import GaussianAccumulator, GaussianStatistics, frechet_distance
 
 
@@ -52,8 +53,8 @@ class FrechetDistance(FeatureMetric):
     """
     Fréchet distance between Gaussians fitted to the features of two sets of images; see [`frechet_distance`].
 
-    Memory: mean and covariance of either side in float64, 34 MB each for the 2048 features of Inception, whatever the
-    number of images.
+    Memory: mean and covariance of either side in float64, 34 MB each for the 2048 features of Inception, and 8 MB for
+    features that wait to be taken in, whatever the number of images.
 
     Args:
         feature_extractor ([`FeatureExtractor`] or `str`, *optional*):
@@ -64,15 +65,22 @@ class FrechetDistance(FeatureMetric):
         reference ([`GaussianStatistics`], *optional*):
             Statistics to compare with, instead of `references`.
         kwargs: As in [`StreamingMetric`].
+
+    Raises:
+        ValueError: If `feature_extractor` or `reference` is of another type.
     """
 
     def __init__(
         self,
-        feature_extractor: Any = None,
+        feature_extractor: FeatureExtractor | str | None = None,
         spatial: bool = False,
         reference: GaussianStatistics | None = None,
         **kwargs: Any,
     ) -> None:
+        if reference is not None and not isinstance(reference, GaussianStatistics):
+            raise ValueError(
+                f"`reference` is of type {type(reference).__name__}, allowed: GaussianStatistics, or None."
+            )
         self.layer = "spatial_features" if spatial else "features"
         self.reference = reference
         super().__init__(feature_extractor, **kwargs)
@@ -107,7 +115,7 @@ class FrechetDistance(FeatureMetric):
         for side in sides:
             count, num_features = accumulators[side].count, accumulators[side].num_features
             if count < 2:
-                raise ValueError(f"`{side}` had {count} sample(s), allowed: 2 or more, to have a covariance.")
+                raise ValueError(f"`{side}` has {count} sample(s), allowed: 2 or more, to have a covariance.")
             if count <= num_features:
                 logger.warning(
                     f"There are {count} {side} for {num_features} features: their covariance is singular and the"

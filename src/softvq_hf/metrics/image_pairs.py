@@ -7,17 +7,53 @@ import datasets
 import torch
 
 from softvq_hf.metrics.images import ImageRange, check_images, check_rounding
-from softvq_hf.metrics.mean import MeanAccumulator
 from softvq_hf.metrics.streaming import Accumulator, StreamingMetric
 
 
 # What `evaluate` tells of the inputs. Images are taken as they come, not encoded.
 FEATURES = datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()})
 INPUTS_DESCRIPTION = """
-predictions: Images, such as reconstructions: a tensor or an array of shape (B, 3, H, W), uint8 in [0, 255], or
-    floating point in [0, 1], which is rounded to 8 bits; an array of shape (B, H, W, 3), uint8; or a list of images.
-references: Images of the same shape, such as the originals.
+Args:
+    predictions: Images, such as reconstructions: a tensor or an array of shape (B, 3, H, W), uint8 in [0, 255], or
+        floating point in [0, 1], which is rounded to 8 bits; an array of shape (B, H, W, 3), uint8; or a list of
+        images.
+    references: Images of the same shape, such as the originals.
 """
+
+
+class MeanAccumulator:
+    """
+    Sum in float64 and count of a number per sample.
+
+    Attributes:
+        total (`float`): The sum.
+        count (`int`): How many numbers it has.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.count = 0
+
+    def update(self, values: torch.Tensor) -> None:
+        """Add `values` of shape `(B,)`, on any device."""
+        self.total += values.cpu().double().sum().item()  # not every device has float64
+        self.count += len(values)
+
+    def merge(self, other: "MeanAccumulator") -> None:
+        """Add what another accumulator has."""
+        self.total += other.total
+        self.count += other.count
+
+    def mean(self) -> float:
+        """
+        The mean.
+
+        Raises:
+            ValueError: If nothing was added.
+        """
+        if self.count == 0:
+            raise ValueError("No sample was added, allowed: one or more.")
+        return self.total / self.count
 
 
 class ImagePairMetric(StreamingMetric):

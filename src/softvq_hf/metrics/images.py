@@ -7,12 +7,14 @@ import numpy as np
 import PIL.Image
 import torch
 
+from softvq_hf.metrics.batches import not_finite, to_tensor
+
 
 ROUNDINGS = ("round", "truncate")
 
 
 def check_rounding(rounding: str) -> None:
-    """Raises a `ValueError` if `rounding` is none of [`to_uint8`]."""
+    """Raises a `ValueError` if `rounding` is not one of [`to_uint8`]."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"`rounding` is {rounding!r}, allowed: {', '.join(map(repr, ROUNDINGS))}.")
 
@@ -24,8 +26,9 @@ def to_uint8(images: torch.Tensor, rounding: str = "round") -> torch.Tensor:
     Args:
         images (`torch.Tensor`): Floating point, clamped to [0, 1].
         rounding (`str`, *optional*, defaults to `"round"`):
-            `"round"` (half to even) to the nearest of the 256 values, or `"truncate"` to the one below, which the
-            official scripts of SiT, DiT and SoftVQ do to generated images: half a grey level darker on average.
+            `"round"` (half to even) to the nearest of the 256 values, or `"truncate"` to the one below: half a grey
+            level darker on average. The official sampling scripts of SiT and DiT truncate; those of the tokenizers of
+            LlamaGen and SoftVQ-VAE add 128 to `127.5 * x` before they do, which rounds.
 
     Returns:
         `torch.Tensor`: uint8, same shape.
@@ -65,7 +68,7 @@ def check_images(images: Any, argument: str, rounding: str = "round") -> torch.T
             )
         if len(images) == 0:
             raise ValueError(f"`{argument}` holds no image.")
-        tensors = [_to_tensor(image, argument) for image in images]
+        tensors = [_image_to_tensor(image, argument) for image in images]
         sizes = sorted({tuple(tensor.shape[-2:]) for tensor in tensors})
         if len(sizes) > 1:
             raise ValueError(
@@ -75,8 +78,8 @@ def check_images(images: Any, argument: str, rounding: str = "round") -> torch.T
         if len({tensor.dtype.is_floating_point for tensor in tensors}) > 1:
             raise ValueError(f"`{argument}` holds 8-bit and floating point images, allowed: one kind.")
         images = torch.stack(tensors)
-    elif isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images))
+    else:
+        images = to_tensor(images, argument)
     if images.ndim == 4 and images.dtype == torch.uint8 and images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.permute(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 1:
@@ -91,8 +94,8 @@ def check_images(images: Any, argument: str, rounding: str = "round") -> torch.T
         raise ValueError(
             f"`{argument}` has dtype {images.dtype}, allowed: uint8 in [0, 255], or floating point in [0, 1]."
         )
-    if not images.isfinite().all():
-        broken = [i for i, image in enumerate(images) if not image.isfinite().all()]
+    broken = not_finite(images)
+    if broken:
         raise ValueError(f"`{argument}` holds values that are not finite (NaN or infinite), in the images {broken}.")
     lowest, highest = images.min().item(), images.max().item()
     if lowest < 0 or highest > 1:
@@ -148,18 +151,17 @@ class ImageRange:
             )
 
 
-def _to_tensor(image: Any, argument: str) -> torch.Tensor:
+def _image_to_tensor(image: Any, argument: str) -> torch.Tensor:
     """One image of any allowed kind as `(3, H, W)`."""
     if isinstance(image, PIL.Image.Image):
         if image.mode != "RGB":
             raise ValueError(f"`{argument}` holds an image of PIL mode {image.mode!r}, allowed: 'RGB'.")
         image = np.array(image)
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
-    if not isinstance(image, torch.Tensor):
+    if not isinstance(image, (torch.Tensor, np.ndarray)):
         raise ValueError(
             f"`{argument}` holds an object of type {type(image).__name__}, allowed: tensors, arrays and PIL images."
         )
+    image = to_tensor(image, argument)
     if image.ndim == 3 and image.dtype == torch.uint8 and image.shape[-1] == 3 and image.shape[0] != 3:
         image = image.permute(2, 0, 1)
     if image.ndim != 3:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from softvq_hf.metrics.feature_metric import FeatureMetric, sample_indices
+from softvq_hf.metrics.features import FeatureExtractor
 
 
 _DESCRIPTION = """
@@ -29,8 +30,7 @@ _CITATION = """
 _INPUTS = """
 Args:
     predictions: `(B, 3, H, W)` images (uint8, or floating point in [0, 1]), or `(B, K)` logits, before softmax,
-        without a
-        `feature_extractor`.
+        without a `feature_extractor`.
     indices: `(B,)` integers from 0 on, the number of each sample in the whole set. Needed with several processes;
         without, samples are counted.
 Returns:
@@ -83,23 +83,28 @@ class InceptionScore(FeatureMetric):
     generated images.
 
     Sample i belongs to the split `i % num_splits`, so that images sorted by class do no harm; other implementations
-    cut a shuffled or unshuffled list into pieces. The mean over the splits depends on their size: the published
-    numbers are over 50 000 images in 10 splits.
+    cut a shuffled or unshuffled list into pieces. Where indices have gaps, a split may stay empty: it is left out of
+    mean and standard deviation. The mean over the splits depends on their size: the published numbers are over 50 000
+    images in 10 splits.
 
     Args:
         feature_extractor ([`FeatureExtractor`] or `str`, *optional*):
             Classifier; `"inception"` for the published protocol. See [`FeatureMetric`]. Without it `predictions` are
             logits.
-        num_splits (`int`, *optional*, defaults to 10): Groups whose scores are averaged, from 1 on.
+        num_splits (`int`, *optional*, defaults to 10): Groups whose scores are averaged, from 1 to the number of
+            samples.
         kwargs: As in [`StreamingMetric`].
 
     Raises:
-        ValueError: If `num_splits` is out of range.
+        ValueError: If `num_splits` is below 1; on adding, if `predictions` look like probabilities or there are
+            references; on computing, if there are fewer samples than that.
     """
 
     layer = "logits"
 
-    def __init__(self, feature_extractor: Any = None, num_splits: int = 10, **kwargs: Any) -> None:
+    def __init__(
+        self, feature_extractor: FeatureExtractor | str | None = None, num_splits: int = 10, **kwargs: Any
+    ) -> None:
         if not isinstance(num_splits, int) or num_splits < 1:
             raise ValueError(f"`num_splits` is {num_splits}, allowed: integers from 1 on.")
         self.num_splits = num_splits
@@ -124,7 +129,8 @@ class InceptionScore(FeatureMetric):
         logits = features["predictions"]
         if logits.shape[1] < 2:
             raise ValueError("`predictions` has 1 class, allowed: logits of 2 or more.")
-        if logits.min() >= 0 and (logits.double().sum(1) - 1).abs().max() < 1e-5:
+        tolerance = 1e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-5
+        if logits.min() >= 0 and (logits.double().sum(1) - 1).abs().max() < tolerance:
             raise ValueError(
                 "`predictions` looks like probabilities (each row sums to 1), allowed: logits, before softmax."
             )
@@ -134,17 +140,20 @@ class InceptionScore(FeatureMetric):
 
     def measure(self, accumulators: dict[str, ProbabilitySums]) -> dict[str, Any]:
         sums = accumulators["predictions"]
-        empty = (sums.counts == 0).nonzero().flatten().tolist()
-        if empty:
+        num_predictions = int(sums.counts.sum())
+        if num_predictions < self.num_splits:
             raise ValueError(
-                f"`num_splits` is {self.num_splits}, and no sample of the {int(sums.counts.sum())} is in the splits"
-                f" {empty}, allowed: at most as many splits as samples."
+                f"`num_splits` is {self.num_splits}, allowed with {num_predictions} sample(s): at most as many."
             )
-        means = sums.probabilities / sums.counts[:, None]
-        divergences = sums.negative_entropies / sums.counts + torch.special.entr(means).sum(1)
+        filled = sums.counts > 0
+        counts = sums.counts[filled]
+        means = sums.probabilities[filled] / counts[:, None]
+        divergences = sums.negative_entropies[filled] / counts + torch.special.entr(means).sum(1)
         scores = divergences.exp().numpy()
+        if not np.isfinite(scores).all():
+            raise ValueError("The Inception score is not finite: `predictions` are too large for float64.")
         return {
             "inception_score": float(np.mean(scores)),
             "inception_score_std": float(np.std(scores)),
-            "num_predictions": int(sums.counts.sum()),
+            "num_predictions": num_predictions,
         }

@@ -8,9 +8,34 @@ import datasets
 import evaluate
 import torch
 
-from softvq_hf.metrics.batches import check_batch
+from softvq_hf.metrics.batches import check_batch, not_finite
 from softvq_hf.metrics.gaussian import GaussianAccumulator
 from softvq_hf.metrics.streaming import StreamingMetric
+
+
+_DESCRIPTION = """
+Mean, standard deviation and kurtosis of latents by channel, and the effective rank of channels and of whole latents.
+"""
+_CITATION = """
+@inproceedings{roy2007effective,
+    title = {The effective rank: A measure of effective dimensionality},
+    author = {Roy, Olivier and Vetterli, Martin},
+    booktitle = {European Signal Processing Conference},
+    year = {2007}
+}
+"""
+_INPUTS = """
+Args:
+    predictions: `(B, L, C)` latents, floating point.
+Returns:
+    latent_mean (`float`), latent_std (`float`): Of all numbers.
+    latent_channel_mean, latent_channel_std, latent_channel_kurtosis (`list[float]`): By channel; 3 is the kurtosis of
+        a normal distribution.
+    latent_kurtosis (`float`): Mean over the channels that vary.
+    effective_rank (`float`): Of the channels over all tokens, from 1 to C.
+    effective_rank_flat (`float`): Of whole latents, with `flat`.
+    num_tokens (`int`): Number of tokens.
+"""
 
 
 def effective_rank(vectors: GaussianAccumulator) -> float:
@@ -109,8 +134,8 @@ class LatentStatistics(StreamingMetric):
         number of images less one, so that it is comparable at equal numbers of images only.
     - `num_tokens`: tokens that were added, those of all latents together.
 
-    Memory: `(L * C)**2 * 8` bytes with `flat`, 33.5 MB for 64 tokens of 32 channels, and as much again while a
-    batch is added; without it `C**2 * 8`.
+    Memory: `(L * C)**2 * 8` bytes with `flat`, 33.5 MB for 64 tokens of 32 channels, and 8 MB for latents that wait to
+    be taken in; without it `C**2 * 8`, and as much as a batch.
 
     Args:
         flat (`bool`, *optional*, defaults to `True`): Whether to measure `effective_rank_flat`.
@@ -118,7 +143,8 @@ class LatentStatistics(StreamingMetric):
 
     Raises:
         ValueError: On adding, if latents are not floating point, not finite, or of another shape than before, or there
-            are references; on computing, if nothing was added.
+            are references; on computing, if nothing was added, or their fourth powers are beyond
+            float64.
     """
 
     def __init__(self, flat: bool = True, **kwargs: Any) -> None:
@@ -128,12 +154,9 @@ class LatentStatistics(StreamingMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Mean, standard deviation and kurtosis of latents by channel, and their effective rank.",
-            citation=(
-                "@inproceedings{roy2007effective, title={The effective rank: A measure of effective dimensionality},"
-                " author={Roy, Olivier and Vetterli, Martin}, booktitle={EUSIPCO}, year={2007}}"
-            ),
-            inputs_description="\n\npredictions: latents, floating point of shape (B, L, C).",
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
             features=datasets.Features(predictions=datasets.Array2D((None, None), "float32")),
         )
 
@@ -147,8 +170,8 @@ class LatentStatistics(StreamingMetric):
         latents = check_batch(predictions, "predictions", "(B, L, C)")
         if not latents.dtype.is_floating_point:
             raise ValueError(f"`predictions` has dtype {latents.dtype}, allowed: floating point.")
-        if not latents.isfinite().all():
-            broken = [i for i, latent in enumerate(latents) if not latent.isfinite().all()]
+        broken = not_finite(latents)
+        if broken:
             raise ValueError(f"`predictions` holds NaN or infinite numbers, in the latents {broken} of the batch.")
         if self.accumulators["moments"].count > 0 and self.latent_shape != latents.shape[1:]:
             raise ValueError(
@@ -167,6 +190,8 @@ class LatentStatistics(StreamingMetric):
         channels = accumulators["moments"]
         if channels.count == 0:
             raise ValueError("No `predictions` were added, at least one latent is needed.")
+        if not channels.fourths.isfinite().all():
+            raise ValueError("The fourth moment of `predictions` is not finite: they are too large for float64.")
         variance = channels.squares / channels.count
         kurtosis = channels.fourths / channels.count / variance**2
         varying = kurtosis[variance > 0]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import lpips
 import torch
+from torch import nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights
 
 from softvq_hf.metrics.image_pairs import FEATURES, INPUTS_DESCRIPTION, ImagePairMetric
+from softvq_hf.metrics.precision import full_float32
 from softvq_hf.metrics.weights import locate_weights, read_weights
 
 
@@ -19,24 +20,28 @@ from softvq_hf.metrics.weights import locate_weights, read_weights
 TRUNKS = {"vgg": VGG16_Weights.IMAGENET1K_V1, "alex": AlexNet_Weights.IMAGENET1K_V1}
 MINIMUM_SIZES = {"vgg": 16, "alex": 31}
 
-DESCRIPTION = """\
+_DESCRIPTION = """
 Learned perceptual distance of images, version 0.1, 0 for identical ones: differences of the features of VGG16 or
-AlexNet, weighted by layers that were trained on people's judgements; the mean over the images. Lower is better."""
-CITATION = """\
+AlexNet, weighted by layers that were trained on people's judgements; the mean over the images. Lower is better.
+"""
+_CITATION = """
 @inproceedings{zhang2018perceptual,
   title={The Unreasonable Effectiveness of Deep Features as a Perceptual Metric},
   author={Zhang, Richard and Isola, Phillip and Efros, Alexei A and Shechtman, Eli and Wang, Oliver},
   booktitle={CVPR}, year={2018}
-}"""
-RETURNS = """
-Returns `lpips`, the mean over the images, and `num_images`.
+}
+"""
+_RETURNS = """\
+Returns:
+    lpips (`float`): Mean over the images.
+    num_images (`int`): Number of pairs.
 """
 
 
 class LPIPS(ImagePairMetric):
     """
-    Mean learned perceptual distance (version 0.1) between 8-bit images, without dropout, in float32, on the device of
-    the images.
+    Mean learned perceptual distance (version 0.1) between 8-bit images, without dropout, in float32 (not TF32), on the
+    device of the images.
 
     `net="vgg"` is also the perceptual loss that most tokenizers are trained with, so it flatters them; the authors of
     LPIPS recommend `"alex"` as a metric. State which one a figure is of: they differ by much.
@@ -80,9 +85,9 @@ class LPIPS(ImagePairMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS_DESCRIPTION + RETURNS,
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=INPUTS_DESCRIPTION + _RETURNS,
             features=FEATURES,
         )
 
@@ -95,13 +100,15 @@ class LPIPS(ImagePairMetric):
                 f"{MINIMUM_SIZES[self.net]} pixels or more."
             )
         self.network.to(predictions.device)
-        with torch.autocast(predictions.device.type, enabled=False):
+        with full_float32(predictions.device.type):
             distances = self.network(predictions.float() / 127.5 - 1, references.float() / 127.5 - 1)
         return distances.flatten()
 
 
-def load_network(net: str, weights_path: str | os.PathLike | None) -> lpips.LPIPS:
+def load_network(net: str, weights_path: str | os.PathLike | None) -> nn.Module:
     """LPIPS with the features of a file or of the cache and the learned layers of the `lpips` wheel, in eval mode."""
+    import lpips
+
     path = locate_weights(TRUNKS[net].url, weights_path, "weights_path", f"LPIPS with net={net!r}")
     trunk = read_weights(path)
     learned = read_weights(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")

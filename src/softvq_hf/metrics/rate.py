@@ -38,8 +38,9 @@ def rate(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -
             f"`config` is that of {config.get('_class_name', 'an unknown model')}, allowed: AutoencoderSoftVQ and"
             " AutoencoderKL."
         )
+    source = "`image_size`"
     if image_size is None:
-        sample_size = config["sample_size"]
+        source, sample_size = "`sample_size` of `config`", config["sample_size"]
         image_size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
     height, width = image_size
     if "num_latent_tokens" in config:
@@ -47,7 +48,7 @@ def rate(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -
     else:  # 2-D latents
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         if height % factor or width % factor:
-            raise ValueError(f"`image_size` is {height} x {width}, allowed for this tokenizer: multiples of {factor}.")
+            raise ValueError(f"{source} is {height} x {width}, allowed for this tokenizer: multiples of {factor}.")
         tokens = (height // factor) * (width // factor)
     image_bits = height * width * config["in_channels"] * 8
     if config.get("quantizer") == "vq":

@@ -1,6 +1,7 @@
 """What all metrics of this package share: `evaluate` modules that reduce every batch at once, instead of writing it to
 a file until the end, and that work over several processes."""
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
@@ -33,10 +34,22 @@ class StreamingMetric(evaluate.Metric, ABC):
         kwargs: As in `evaluate.Metric`, such as `config_name`; `evaluate.load(path, **kwargs)` passes them.
 
     Raises:
-        ValueError: If `num_process` is given.
+        ValueError: If `num_process` is given, or a name that neither the metric nor `evaluate.Metric` knows.
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        known = [
+            name
+            for constructor in (type(self), evaluate.Metric)
+            for name, parameter in inspect.signature(constructor).parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        unknown = sorted(kwargs.keys() - set(known))
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} has no argument {', '.join(f'`{name}`' for name in unknown)}, allowed: "
+                f"{', '.join(f'`{name}`' for name in known)}."
+            )
         if kwargs.get("num_process", 1) != 1:
             raise ValueError(
                 f"`num_process` is {kwargs['num_process']}, allowed: 1. Under accelerate processes find each other."

@@ -2,12 +2,10 @@
 executing anything."""
 
 import os
-import pickle
 import urllib.request
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
@@ -51,7 +49,7 @@ def locate_weights(url: str, weights_path: str | os.PathLike | None, argument: s
         torch.hub.download_url_to_file(url, os.fspath(cached), hash_prefix=hash_prefix)
     except (OSError, RuntimeError) as error:  # RuntimeError: another hash than that of the name
         raise FeatureWeightsUnavailable(
-            f"{needed_for} needs {filename}, which could not be had ({error}). Download {url} on a machine with "
+            f"{needed_for} needs {filename}, which is not available ({error}). Download {url} on a machine with "
             f"network and put it at {cached}, or pass the file as `{argument}`."
         ) from error
     return cached
@@ -68,17 +66,21 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         `dict[str, torch.Tensor]`: by name, on the CPU.
 
     Raises:
-        ValueError: If the file cannot be read or holds anything but tensors. Nothing in it is executed.
+        ValueError: If the file cannot be read or holds anything but tensors by name. Nothing in it is executed.
     """
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise  # of the disk, not of what is in the file
+    except Exception as error:  # junk leads the unpickler to errors of any kind, such as struct.error and KeyError
         raise ValueError(
             f"The weights in {os.fspath(path)!r} cannot be read ({error}), allowed: a whole `.pth` or `.safetensors` "
             "file with tensors only."
         ) from error
-    if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
+    ):
         raise ValueError(f"{os.fspath(path)!r} holds no state dict, allowed: a dictionary of tensors by name.")
     return state_dict

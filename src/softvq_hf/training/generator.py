@@ -15,7 +15,8 @@ def load_tokenizer(name_or_path: str, **hub_options: Any) -> AutoencoderSoftVQ |
 
     Args:
         name_or_path (`str`): A folder or a Hub repository.
-        hub_options: `token`, `cache_dir` and `local_files_only`, as in [`~diffusers.ModelMixin.from_pretrained`].
+        hub_options: `subfolder` (or `None`), `token`, `cache_dir` and `local_files_only`, as in
+            [`~diffusers.ModelMixin.from_pretrained`].
 
     Returns:
         [`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]: in eval mode.

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelM
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists, upload_folder
 
 from softvq_hf.training.generator import get_image_size
-from softvq_hf.training.logging import ARGUMENTS_FILE, RUN_FILE, library_versions, without_hub_token
+from softvq_hf.training.logging import ARGUMENTS_FILE, RUN_FILE, library_versions, without_hub_token, write_atomically
 
 
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -400,13 +400,20 @@ def read_model_card(folder: str | Path, model: ModelMixin | DiffusionPipeline | 
         `ModelCard`: its `README.md`, or the card that [`export_model`] or [`export_pipeline`] would write.
 
     Raises:
-        ValueError: If `folder` is not a folder, or has no `README.md` and the model no card of its own.
+        ValueError: If `folder` is not a folder, or has no `README.md` and the model no card of its own, or has a
+            `README.md` whose metadata cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder` is {str(folder)!r}, allowed for a model card: a local folder.")
     if (folder / "README.md").is_file():
-        return ModelCard.load(folder / "README.md")
+        try:
+            return ModelCard.load(folder / "README.md")
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{folder / 'README.md'} has metadata that cannot be read: {error} Put right what is between its lines"
+                " of ---."
+            ) from error
     if model is None or _is_of_diffusers(model):
         raise ValueError(f"`folder` is {str(folder)!r}, which has no README.md. Write one first.")
     return _default_card(model, repo_id=str(folder))
@@ -418,7 +425,7 @@ def update_model_index(
     """
     Put figures into the model-index of a folder's `README.md`. Each takes the place of an earlier one of the same
     name, task, data set, configuration, split, revision and protocol (`protocol` in `metric_args`); everything else in
-    the card stays as it is.
+    the card stays as it is. Whoever reads the card finds the old one or the new one.
 
     Args:
         folder (`str` or `Path`): The folder of a model or a pipeline.
@@ -437,7 +444,7 @@ def update_model_index(
     kept = [result for result in card.data.eval_results or [] if measurement(result) not in replaced]
     card.data.eval_results = [*kept, *eval_results]
     card.data.model_name = card.data.model_name or Path(folder).resolve().name
-    card.save(Path(folder, "README.md"))
+    write_atomically(Path(folder, "README.md"), str(card))
 
 
 def training_command(num_processes: int, mixed_precision: str, argv: Sequence[str] | None = None) -> str:

@@ -191,14 +191,11 @@ def write_run_record(accelerator: Accelerator, args: TrainingArguments, state: T
     - "command": script and arguments; "versions": of libraries, Python, and the CUDA that torch was built with.
     - "git_revision", "git_dirty": commit of the repository in which the script lies, and whether a tracked file
       differs from it; null outside of a repository.
-    - "num_processes", "distributed_type" and "mixed_precision", as accelerate names them; "devices": number of
-      processes by name of their device.
+    - "distributed_type", as accelerate names it, and all of [`hardware_record`].
 
     The Hub token is in neither file.
     """
-    device = accelerator.device
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    devices = Counter(gather_object([device_name]))
+    hardware = hardware_record(accelerator)
     if not accelerator.is_main_process:
         return
     output_dir = Path(args.output_dir)
@@ -210,15 +207,42 @@ def write_run_record(accelerator: Accelerator, args: TrainingArguments, state: T
         "versions": library_versions(),
         "git_revision": revision,
         "git_dirty": dirty,
-        "num_processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
-        "mixed_precision": accelerator.mixed_precision,
-        "devices": dict(devices),
+        **hardware,
     }
     run_file = output_dir / RUN_FILE
     earlier = json.loads(run_file.read_text(encoding="utf-8")) if state.step > 0 and run_file.is_file() else []
     write_atomically(run_file, json.dumps([*earlier, start], indent=2) + "\n")
     write_atomically(output_dir / ARGUMENTS_FILE, yaml.safe_dump(args.to_dict(), sort_keys=False))
+
+
+def hardware_record(accelerator: Accelerator) -> dict[str, Any]:
+    """
+    What a process group runs on. Collective.
+
+    Args:
+        accelerator (`Accelerator`): The processes.
+
+    Returns:
+        `dict`: `devices`, number of processes by name of their device; `processor`, its name and number of logical
+        cores on the machine of this process; `num_processes`; `mixed_precision`, as accelerate names it.
+    """
+    device = accelerator.device
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "devices": dict(Counter(gather_object([device_name]))),
+        "processor": f"{_processor_name()}, {os.cpu_count()} cores",
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def _processor_name() -> str:
+    """As Linux knows it, elsewhere as Python does, which may be the architecture alone."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def library_versions() -> dict[str, str | None]:
@@ -255,5 +279,5 @@ def _git_revision(folder: Path) -> tuple[str | None, bool | None]:
 def write_atomically(path: Path, text: str) -> None:
     """Whoever reads `path` finds the old text or the new one, also after a crash."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", newline="")
     os.replace(partial, path)

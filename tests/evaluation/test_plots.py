@@ -1,4 +1,4 @@
-"""Figures show the numbers that they are given."""
+"""Plots show the numbers that they are given."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from softvq_hf.evaluation.figures import (
+from softvq_hf.evaluation.plots import (
     channel_figure,
     codebook_figure,
     influence_figure,
@@ -112,6 +112,15 @@ def test_few_classes_have_a_colour_each():
     assert [len(points.get_offsets()) for points in figure.axes[0].collections] == [2, 3, 1]
     colours = {tuple(points.get_facecolor()[0]) for points in figure.axes[0].collections}
     assert len(colours) == 3
+
+
+def test_names_of_classes_are_plain_text(tmp_path):
+    names = ["_hidden", "$20 off", "$x^", "100 % $"]
+    labels = torch.arange(4).repeat_interleave(2)
+    figure = projection_figure(np.random.rand(8, 2), ("x", "y"), labels, dict(enumerate(names)))
+    assert [text.get_text() for text in figure.legends[0].texts] == names
+    assert not any(text.get_parse_math() for text in figure.legends[0].texts)
+    figure.savefig(tmp_path / "figure.png")  # "$x^$" would be no formula
 
 
 def test_of_many_classes_the_most_frequent_ones_have_colours():

@@ -1,4 +1,4 @@
-"""Figures of `softvq-hf inspect`, from numbers that are there. Each function returns a matplotlib `Figure`, which is
+"""Plots of `softvq-hf inspect`, from numbers that are there. Each function returns a matplotlib `Figure`, which is
 no part of the state of pyplot: `figure.savefig(path)` writes it."""
 
 import math
@@ -180,22 +180,20 @@ def projection_figure(
         classes, counts = np.unique(labels, return_counts=True)
         shown = np.sort(classes[np.argsort(-counts, kind="stable")[:MOST_CLASSES]])
         others = ~np.isin(labels, shown)
+        groups, names = [], []
         if others.any():
-            name = f"{len(classes) - MOST_CLASSES} other classes"
-            axis.scatter(*points[others].T, s=size / 2, color="0.8", linewidths=0, label=name)
+            groups.append(axis.scatter(*points[others].T, s=size / 2, color="0.8", linewidths=0))
+            names.append(f"{len(classes) - MOST_CLASSES} other classes")
         colours = mpl.colormaps["tab10" if len(shown) <= 10 else "tab20"].colors
         if len(shown) > 10:
             colours = colours[:14] + colours[16:]
         for label, colour in zip(shown.tolist(), colours, strict=False):
-            axis.scatter(
-                *points[labels == label].T,
-                s=size,
-                color=colour,
-                alpha=0.8,
-                linewidths=0,
-                label=_shorten(id2label[label]),
-            )
-        figure.legend(loc="outside right upper", fontsize=8, markerscale=1.5, frameon=False)
+            groups.append(axis.scatter(*points[labels == label].T, s=size, color=colour, alpha=0.8, linewidths=0))
+            names.append(_shorten(id2label[label]))
+        # given with their groups, names may begin with an underscore
+        legend = figure.legend(groups, names, loc="outside right upper", fontsize=8, markerscale=1.5, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a dollar sign is one
     axis.set_xlabel(axis_names[0], fontsize=9)
     axis.set_ylabel(axis_names[1], fontsize=9)
     axis.tick_params(labelsize=8)
