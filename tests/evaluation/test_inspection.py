@@ -44,7 +44,7 @@ def tokenizer_dir(tiny_tokenizer, tmp_path):
 
 
 @pytest.fixture
-def inspect(reset_accelerate, labelled_folder, tokenizer_dir, tmp_path):
+def inspect(fresh_accelerate, labelled_folder, tokenizer_dir, tmp_path):
     """Inspects a tokenizer in this process: `inspect(num_images=2) -> (record, text of the report, folder)`."""
 
     def run(**arguments):
@@ -267,7 +267,7 @@ def test_arguments_that_cannot_work(arguments, message):
         InspectionArguments(model="x", dataset="x", output_dir="x", **arguments)
 
 
-def test_command(reset_accelerate, capsys, tokenizer_dir, labelled_folder, tmp_path):
+def test_command(fresh_accelerate, capsys, tokenizer_dir, labelled_folder, tmp_path):
     words = ["inspect", "--model", tokenizer_dir, "--dataset", labelled_folder, "--output_dir", tmp_path / "out"]
     main([*map(str, words), "--num_images", "2", "--num_interpolation_steps", "2"])
     assert capsys.readouterr().out.splitlines()[-1] == f"Report written to {tmp_path / 'out' / 'report.html'}"

@@ -53,7 +53,7 @@ def sit_options(official_folder, tiny_classifier_dir, image_folder, tmp_path):
     return options | {"reference": str(image_folder(8))}
 
 
-def test_tokenizer(official_folder, tiny_classifier_dir, tmp_path, reset_accelerate, capsys):
+def test_tokenizer(official_folder, tiny_classifier_dir, tmp_path, fresh_accelerate, capsys):
     options = {"source": official_folder("softvq_tokenizer"), "dataset": "photographs", "num_images": 16}
     options["feature_extractor"] = [str(tiny_classifier_dir)]
     record = run("SoftVQ-B-64", tmp_path / "out", **options)
@@ -63,7 +63,7 @@ def test_tokenizer(official_folder, tiny_classifier_dir, tmp_path, reset_acceler
     assert "rfid: published 0.88, measured None" in capsys.readouterr().out
 
 
-def test_generator(sit_options, tmp_path, reset_accelerate):
+def test_generator(sit_options, tmp_path, fresh_accelerate):
     name, folder = "SiT-XL on SoftVQ-B-64", tmp_path / "out/SiT-XL_on_SoftVQ-B-64"
     with pytest.raises(ValueError, match="split"):  # the folder has no training images
         run(name, tmp_path / "out", **sit_options, guided=True)
@@ -83,7 +83,7 @@ def test_generator(sit_options, tmp_path, reset_accelerate):
     assert {path.name for path in folder.glob("result*.json")} == {"result.json", "result_guided.json"}
 
 
-def test_another_conversion_of_the_same_model_is_refused(sit_options, tmp_path, reset_accelerate):
+def test_another_conversion_of_the_same_model_is_refused(sit_options, tmp_path, fresh_accelerate):
     (tmp_path / "images/val").rename(tmp_path / "images/train")
     run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **sit_options)
     for changes in ({"path_type": "linear"}, {"source": "elsewhere"}, {"tokenizer": "elsewhere"}):
@@ -96,7 +96,7 @@ def test_another_conversion_of_the_same_model_is_refused(sit_options, tmp_path, 
         run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **sit_options)
 
 
-def test_arguments_of_the_evaluation_are_checked_first(sit_options, tmp_path, reset_accelerate):
+def test_arguments_of_the_evaluation_are_checked_first(sit_options, tmp_path, fresh_accelerate):
     with pytest.raises(ValueError, match="`--batch_size` is 0"):
         run("SiT-XL on SoftVQ-B-64", tmp_path / "out", **sit_options, batch_size=0)
     assert not (tmp_path / "out").exists()  # nothing was converted

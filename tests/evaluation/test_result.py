@@ -35,7 +35,7 @@ def test_a_record_says_what_it_ran_with(make_result, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate", "--batch_size", "4", "--hub_token", "hf_secret", output_file])
     result = make_result({"psnr": 20.0}, latents={"latent_mean": 0.5})
     assert result["metrics"] == {"psnr": 20.0} and result["latents"] == {"latent_mean": 0.5}
-    assert {"torch", "torchmetrics", "torch-fidelity", "lpips", "softvq-hf"} <= result["versions"].keys()
+    assert {"torch", "scikit-image", "torch-fidelity", "lpips", "softvq-hf"} <= result["versions"].keys()
     hardware = result["hardware"]
     assert hardware.pop("processor").endswith(f", {os.cpu_count()} cores")
     assert hardware == {"devices": {"cpu": 1}, "num_processes": 1, "mixed_precision": "no"}
