@@ -133,7 +133,7 @@ def test_two_processes_stop_together(tmp_path):
             loaded = TrainerState()
             load_checkpoint(accelerator, args.output_dir + "/checkpoint-3", args, loaded)
             assert loaded.step == 3 and loaded.process_state_dict() == state.process_state_dict(), loaded
-            print("done", rank)
+            print(f"done {{rank}}")  # in one piece: the other process writes as well
             sys.exit(PREEMPTED_EXIT_CODE)
             """
         )
