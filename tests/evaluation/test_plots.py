@@ -78,7 +78,9 @@ def test_influence_of_five_tokens_in_a_grid():
 
 def test_influence_of_nothing(tmp_path):
     maps = torch.zeros(2, 8, 8)
-    influence_figure(random_images(3, 8, 8), maps, maps, [0, 1], num_images=2).savefig(tmp_path / "figure.png")
+    figure = influence_figure(random_images(3, 8, 8), maps, maps, [0, 1], num_images=2)
+    figure.savefig(tmp_path / "figure.png")
+    assert np.nanmax(drawn(figure.axes[1])) == 0  # NaN: the gaps between the maps
 
 
 def test_interpolation():

@@ -121,3 +121,4 @@ def test_one_black_image_is_an_image():
     black = ImageRange("predictions")
     black.update(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
     black.check()
+    assert black.num_images == 1

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -12,6 +13,16 @@ from softvq_hf.metrics.feature_sample import FeatureSample
 from softvq_hf.metrics.features import FeatureExtractor, load_feature_extractor
 from softvq_hf.metrics.images import ImageRange, check_images
 from softvq_hf.metrics.streaming import StreamingMetric
+
+
+# What the metrics of two sets of features take, as `evaluate` describes it
+FEATURES = datasets.Features(
+    {
+        "predictions": datasets.Sequence(datasets.Value("float32")),
+        "references": datasets.Sequence(datasets.Value("float32")),
+        "indices": datasets.Value("int64"),
+    }
+)
 
 
 def check_features(features: Any, argument: str, num_features: int | None = None) -> torch.Tensor:

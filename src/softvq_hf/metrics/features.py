@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ class ImageFeatures:
     logits: torch.Tensor | None = None
 
 
-class FeatureExtractor(nn.Module):
+class FeatureExtractor(nn.Module, ABC):
     """
     A frozen network in eval mode. A subclass sets the attributes and implements `description` and `extract`.
 
@@ -66,17 +67,17 @@ class FeatureExtractor(nn.Module):
     num_spatial_features: int | None
     num_classes: int | None
 
+    @abstractmethod
     def description(self) -> dict[str, Any]:
         """
         Identity of the extractor, as JSON can hold it: `name` of the architecture, `weights_sha256`
         ([`weights_sha256`] of the network), `preprocessing` of the images, and which `features`, `spatial_features`
         and `logits` are taken. Features of extractors with different descriptions cannot be compared.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def extract(self, images: torch.Tensor) -> ImageFeatures:
         """Features of checked 8-bit images on the device of the weights."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import datasets
 import evaluate
 import torch
 from accelerate.logging import get_logger
 
-from softvq_hf.metrics.feature_metric import FeatureMetric
+from softvq_hf.metrics.feature_metric import FEATURES, FeatureMetric
 from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.metrics.gaussian import GaussianAccumulator, GaussianStatistics, frechet_distance
 
@@ -90,12 +89,7 @@ class FrechetDistance(FeatureMetric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Sequence(datasets.Value("float32")),
-                }
-            ),
+            features=FEATURES,
         )
 
     def new_accumulator(self) -> GaussianAccumulator:

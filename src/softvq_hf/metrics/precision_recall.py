@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 import torch
 from accelerate import PartialState
 
-from softvq_hf.metrics.feature_metric import SampledFeatureMetric, check_feature_sets
+from softvq_hf.metrics.feature_metric import FEATURES, SampledFeatureMetric, check_feature_sets
 from softvq_hf.metrics.feature_sample import FeatureSample
 from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.metrics.precision import full_float32
@@ -145,13 +144,7 @@ class PrecisionRecall(SampledFeatureMetric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Sequence(datasets.Value("float32")),
-                    "indices": datasets.Value("int64"),
-                }
-            ),
+            features=FEATURES,
         )
 
     def measure(self, accumulators: dict[str, FeatureSample]) -> dict[str, Any]:
