@@ -26,6 +26,9 @@ class TinyFeatureExtractor(FeatureExtractor):
         self.num_classes = num_classes
         self.linear = nn.Linear(3 * 4 * 4, 6 + 5 + (num_classes or 0))
 
+    def description(self) -> dict[str, str]:
+        return {"name": "tiny"}
+
     def extract(self, images: torch.Tensor) -> ImageFeatures:
         features, spatial, logits = self.linear(images.flatten(1) / 255).tensor_split([6, 11], dim=1)
         return ImageFeatures(features, spatial, logits if self.num_classes else None)

@@ -20,6 +20,7 @@ FOLDER = Path(metrics.__file__).parent
 
 FEATURES = {"predictions": torch.arange(24.0).view(12, 2).sin(), "references": torch.arange(24.0).view(12, 2).cos()}
 IMAGES = {name: torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32) ** i for i, name in enumerate(FEATURES, 1)}
+RATE_CONFIG = {"sample_size": 64, "in_channels": 3, "num_latent_tokens": 32, "latent_channels": 4}
 # By file: what the constructor gets, a batch, and the name of the figure
 METRICS = {
     "codebook_usage": ({"codebook_size": 4}, {"predictions": torch.tensor([[[0, 1, 1, 3]]])}, "codebook_usage"),
@@ -30,6 +31,7 @@ METRICS = {
     "lpips": ({"net": "alex"}, IMAGES, "lpips"),
     "precision_recall": ({}, FEATURES, "precision"),
     "psnr": ({}, IMAGES, "psnr"),
+    "rate": ({"config": RATE_CONFIG}, {"predictions": torch.zeros(3, 32, 4)}, "compression_16"),
     "ssim": ({"rounding": "truncate"}, IMAGES, "ssim"),
 }
 

@@ -36,6 +36,9 @@ class Convolution(FeatureExtractor):
         super().__init__()
         self.network = nn.Conv2d(3, 4, 3)
 
+    def description(self) -> dict[str, str]:
+        return {"name": "convolution"}
+
     def extract(self, images: torch.Tensor) -> ImageFeatures:
         return ImageFeatures(self.network(images.float()).mean((2, 3)))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from softvq_hf.metrics.rate import rate
+from softvq_hf.metrics.rate import Rate, rate
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 
 
@@ -90,3 +90,13 @@ def test_sizes_that_are_not_square():
 def test_other_models():
     with pytest.raises(ValueError, match="`config` is that of DiTTransformer1DModel, allowed: AutoencoderSoftVQ and"):
         rate({"_class_name": "DiTTransformer1DModel", "in_channels": 4})
+
+
+def test_metric_counts_images_and_knows_the_latents_of_its_configuration():
+    model = AutoencoderSoftVQ(**TOKENIZER).eval()
+    metric = Rate(model.config)
+    for batch_size in (3, 2):
+        metric.add_batch(predictions=model.encode(torch.zeros(batch_size, 3, 16, 16)).latent)
+    with pytest.raises(ValueError, match=r"latents of shape \(6, 4\), allowed with this `config`: \(4, 6\)"):
+        metric.add_batch(predictions=torch.zeros(2, 6, 4))
+    assert metric.compute() == {**rate(model.config), "num_images": 5}

@@ -1,5 +1,6 @@
 """Figures of tokenizers and generators, as modules of Hugging Face `evaluate`: of pairs of images (PSNR, SSIM, LPIPS),
-of sets of images (Fréchet distance, Inception score, kernel distance, precision and recall) and of latents.
+of sets of images (Fréchet distance, Inception score, kernel distance, precision and recall) and of latents (use of the
+codebook, statistics, rate).
 
 Every metric is importable and loadable by its path, `evaluate.load("src/softvq_hf/metrics/psnr.py")`, takes batches,
 keeps an amount of memory that does not depend on the number of samples, and works over several processes under
@@ -25,7 +26,7 @@ from softvq_hf.metrics.latent_statistics import LatentStatistics, effective_rank
 from softvq_hf.metrics.lpips import LPIPS
 from softvq_hf.metrics.precision_recall import PrecisionRecall
 from softvq_hf.metrics.psnr import PSNR
-from softvq_hf.metrics.rate import rate
+from softvq_hf.metrics.rate import Rate, rate
 from softvq_hf.metrics.ssim import SSIM
 from softvq_hf.metrics.streaming import StreamingMetric
 
@@ -47,6 +48,7 @@ __all__ = [
     "PSNR",
     "PrecisionRecall",
     "ROUNDINGS",
+    "Rate",
     "SSIM",
     "StreamingMetric",
     "TransformersFeatureExtractor",

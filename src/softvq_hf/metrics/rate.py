@@ -4,6 +4,83 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
+import evaluate
+
+from softvq_hf.metrics.batches import check_batch
+from softvq_hf.metrics.streaming import StreamingMetric
+
+
+_DESCRIPTION = """
+Size of the latents of an image: tokens, continuous numbers, bits, and the compression of 8-bit pixels. Only quantized
+latents ("vq") have an exact number of bits; for continuous ones it is given at 16 and 32 bits for each number.
+"""
+_INPUTS = """
+Args:
+    predictions: `(B, L, C)` latents. They are counted, and their shape is compared with that of the configuration.
+Returns:
+    tokens_per_image, floats_per_image, bits_per_image and compression, or bits_per_image_16, compression_16,
+    bits_per_image_32 and compression_32: see [`rate`].
+    num_images (`int`): Number of images.
+"""
+
+
+class ImageCount:
+    """Number of images seen."""
+
+    def __init__(self) -> None:
+        self.num_images = 0
+
+    def merge(self, other: "ImageCount") -> None:
+        """Take in what another process has counted."""
+        self.num_images += other.num_images
+
+
+class Rate(StreamingMetric):
+    """
+    The rate of a tokenizer ([`rate`]) as a metric, which makes sure that the latents are those of its configuration.
+
+    Args:
+        config (`Mapping`), image_size (`tuple[int, int]`, *optional*): As in [`rate`].
+        kwargs: As in [`StreamingMetric`].
+
+    Raises:
+        ValueError: As [`rate`].
+    """
+
+    def __init__(self, config: Mapping[str, Any], image_size: tuple[int, int] | None = None, **kwargs: Any) -> None:
+        self.rate = rate(config, image_size)
+        self.latent_shape = (self.rate["tokens_per_image"], config["latent_channels"])
+        super().__init__(**kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": datasets.Array2D((None, None), "float32")}),
+        )
+
+    def new_accumulators(self) -> dict[str, ImageCount]:
+        return {"predictions": ImageCount()}
+
+    def update(self, predictions: Any, references: Any = None) -> None:
+        if references is not None:
+            raise ValueError("`references` were given, allowed: None; the rate is that of the predictions.")
+        latents = check_batch(predictions, "predictions", "(B, L, C)")
+        if tuple(latents.shape[1:]) != self.latent_shape:
+            raise ValueError(
+                f"`predictions` has latents of shape {tuple(latents.shape[1:])}, allowed with this `config`:"
+                f" {self.latent_shape}."
+            )
+        self.accumulators["predictions"].num_images += len(latents)
+
+    def result(self, accumulators: dict[str, ImageCount]) -> dict[str, float | None]:
+        num_images = accumulators["predictions"].num_images
+        if num_images == 0:
+            raise ValueError("`predictions` has no latents, allowed: those of 1 image or more.")
+        return {**self.rate, "num_images": num_images}
+
 
 def rate(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> dict[str, float | None]:
     """
