@@ -143,7 +143,6 @@ def evaluation_arguments(args: PublishedFiguresArguments) -> ReconstructionArgum
         output_dir=str(folder / f"samples{args.suffix}"),
         num_images=args.num_images,
         num_inference_steps=args.num_inference_steps,
-        rounding="truncate",
         reference=args.reference,
         **shared,
     )

@@ -151,7 +151,10 @@ def test_arguments_of_an_evaluation_come_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reconstruction", "--model", "./nowhere", "--dataset", "photographs"], "error: "),
+        (
+            ["reconstruction", "--model", "./nowhere", "--dataset", "photographs"],
+            "error: `--model` is './nowhere', which cannot be loaded",
+        ),
         (["reconstruction", "--model", "x", "--dataset", "x", "--bad"], "error: Unknown arguments: --bad."),
         (["reconstruction", "--model", "x", "--dataset", "x", "--batch_size", "0"], "error: `--batch_size` is 0"),
         (["reference", "--dataset", "x", "--resolution", "8", "--output_file", "x.json"], "ends in .npz"),

@@ -98,13 +98,50 @@ def test_what_cannot_be_had_is_none_and_noted(accelerator, mean_colours, images)
     assert missing == result["metrics"].keys() - {"fd"}
     words = " ".join(result["notes"])
     for reason in (
-        "3 predictions for up to 12 features",
+        "3 predictions for the 12 features of the Fréchet distance",
         "no feature maps",
         "no logits",
         "subsets have 1000 images, there are 3",
         "no neighbour number 3",
     ):
         assert reason in words
+
+
+def test_few_images_are_noted_by_figure(accelerator, mean_colours, images):
+    """12 images are few for 12 spatial features, but not for 3 others."""
+
+    class FewFeatures(mean_colours):
+        num_features = 3
+
+        def extract(self, images):
+            found = super().extract(images)
+            found.features = images.float().mean((2, 3))
+            return found
+
+    result = add_in_batches(DistributionMetrics(FewFeatures("x"), subset_size=5), *(side[:12] for side in images), 6)
+    assert [note for note in result["notes"] if "so few" in note] == [
+        f"x: 12 {side} for the 12 features of the spatial Fréchet distance: over so few images it is far too high, and"
+        " can only be compared with one over as many."
+        for side in ("predictions", "references")
+    ]
+
+
+def test_without_real_images_there_is_the_classifier_score(accelerator, mean_colours, images):
+    extractor = mean_colours("Inception")
+    result = add_in_batches(DistributionMetrics(extractor, has_references=False), images[0], None, 7)
+    expected = InceptionScore(extractor).compute(predictions=images[0])
+    names = ("inception_score", "inception_score_std")
+    assert result["metrics"] == pytest.approx({name: expected[name] for name in names})
+    assert (result["num_predictions"], result["num_references"]) == (50, None)
+    assert result["notes"] == ["Inception: No real images: only the classifier score."]
+
+
+@pytest.mark.parametrize("side", ["predictions", "references"])
+def test_images_in_0_to_1_cast_to_8_bits_are_noticed(accelerator, mean_colours, images, side):
+    images = dict(zip(("predictions", "references"), images, strict=True))
+    images[side] = images[side].bool().byte()
+    with pytest.raises(ValueError, match=f"`{side}` holds no value above 1 in any of {len(images[side])} 8-bit"):
+        add_in_batches(DistributionMetrics(mean_colours("x")), images["predictions"], images["references"], 13)
 
 
 def test_reference_of_mean_and_covariance_only(accelerator, mean_colours, images):
@@ -179,12 +216,13 @@ def test_load_feature_extractors(tiny_classifier_dir, tmp_path):
 def test_networks_must_have_names_of_their_own(tiny_classifier_dir, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tiny_classifier").symlink_to(tiny_classifier_dir)
-    (tmp_path / "Inception").symlink_to(tiny_classifier_dir)
     twice = FeatureArguments(feature_extractor=[str(tiny_classifier_dir), str(tmp_path / "other" / "tiny_classifier")])
     with pytest.raises(ValueError, match="allowed: networks of different names"):
         twice.load_feature_extractors(torch.device("cpu"))
-    with pytest.raises(ValueError, match="those of Inception belong to one network"):
-        FeatureArguments(feature_extractor=[str(tmp_path / "Inception")]).load_feature_extractors(torch.device("cpu"))
+    for name, label in (("Inception", "Inception"), ("DINOv2", "DINOv2"), ("dinov2", "DINOv2")):
+        (tmp_path / name).symlink_to(tiny_classifier_dir)
+        with pytest.raises(ValueError, match=f"those of {label} belong to one network"):
+            FeatureArguments(feature_extractor=[str(tmp_path / name)]).load_feature_extractors(torch.device("cpu"))
 
 
 def test_inception_without_weights(monkeypatch, tmp_path):
@@ -192,6 +230,18 @@ def test_inception_without_weights(monkeypatch, tmp_path):
     monkeypatch.setattr("softvq_hf.metrics.weights.urllib.request.urlopen", _no_network)
     with pytest.raises(OSError, match=r"weights-inception-2015-12-05-6726825d.pth.*--inception_weights"):
         FeatureArguments().load_feature_extractors(torch.device("cpu"))
+
+
+def test_other_networks_that_are_not_there(image_folder, monkeypatch):
+    """Weights of Inception do not help. A folder of something else is no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = str(image_folder(1))
+    with pytest.raises(ValueError, match=f"The feature extractor '{folder}' could not be loaded"):
+        FeatureArguments(feature_extractor=[folder]).load_feature_extractors(torch.device("cpu"))
+    with pytest.raises(OSError, match="The feature extractor 'nobody/no-such-network' could not be loaded") as error:
+        FeatureArguments(feature_extractor=["nobody/no-such-network"]).load_feature_extractors(torch.device("cpu"))
+    assert str(error.value).endswith("`--feature_extractor none` does without.")
+    assert "--inception_weights" not in str(error.value)
 
 
 def _no_network(*args, **kwargs):

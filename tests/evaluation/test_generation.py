@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import BitImageProcessor, ResNetConfig, ResNetModel
 
 from softvq_hf.data import load_image_dataset
 from softvq_hf.evaluation.generation import GenerationArguments, evaluate_generation
@@ -93,8 +94,8 @@ def test_figures_are_those_of_the_images_in_the_folder(evaluate, tiny_classifier
     assert result["dataset"]["name"] == "photographs" and result["dataset"]["split"] == "train"
     protocol = result["protocol"]
     assert protocol["name"] == (
-        "30 images, iid labels, guidance 2, 2 steps of FlowMatchEulerDiscreteScheduler, rounded to 8 bits, against 40"
-        " real images"
+        "30 images, iid labels, guidance 2, 2 steps of FlowMatchEulerDiscreteScheduler, truncated to 8 bits, against"
+        " 40 real images"
     )
     assert protocol["num_references"] == {"tiny_classifier": 40}
     assert protocol["pipeline"]["scheduler"]["shift"] == 1.0
@@ -141,6 +142,35 @@ def test_without_feature_networks_images_are_all(evaluate, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["protocol"]["num_images"] == 30
 
 
+def test_without_real_images_the_classifier_score_is_all(evaluate, tmp_path):
+    result = evaluate("samples", reference=None, reference_max_samples=None)
+    alone = evaluate("samples")["metrics"]
+    names = ("classifier_score (tiny_classifier)", "classifier_score_std (tiny_classifier)")
+    assert result["metrics"] == {name: alone[name] for name in names}
+    assert result["dataset"]["name"] is None and "against" not in result["protocol"]["name"]
+    assert result["protocol"]["num_references"] == {"tiny_classifier": None}
+
+
+def test_without_real_images_a_network_needs_logits(evaluate, tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path / "features_only")
+    BitImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "features_only")
+    with pytest.raises(ValueError, match="`--reference` is None, allowed with features_only, which gives no logits"):
+        evaluate("samples", reference=None, feature_extractor=tmp_path / "features_only")
+    assert not (tmp_path / "samples/images").exists()
+
+
+def test_a_split_that_the_reference_lacks(evaluate, image_folder):
+    with pytest.raises(ValueError, match="^`--reference` is '.*images' with `--reference_split` 'train': "):
+        evaluate("samples", reference=image_folder(4))
+
+
+def test_a_file_in_place_of_the_folder(evaluate, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^`--output_dir` is '.*file', allowed: a folder"):
+        evaluate("file")
+
+
 def test_a_reference_of_another_protocol_is_refused_before_anything_is_made(evaluate, tiny_classifier_dir, tmp_path):
     np.savez(tmp_path / "reference.npz", arr_0=np.zeros((8, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="images of 32 x 32 pixels, allowed: 16 x 16"):
@@ -168,7 +198,7 @@ def test_a_reference_of_another_protocol_is_refused_before_anything_is_made(eval
     [
         ({"seed": 2}, "another plan: `seed` is 1 there and 2 here"),
         ({"guidance_scale": -1}, "`guidance_scale` is -1.0, allowed"),
-        ({"rounding": "truncate"}, "another plan: `rounding` is round there and truncate here"),
+        ({"rounding": "round"}, "another plan: `rounding` is truncate there and round here"),
     ],
 )
 def test_what_is_wrong_with_the_images_comes_before_the_reference(evaluate, tmp_path, changes, message):
@@ -201,7 +231,7 @@ def test_model_card(evaluate, pipeline_dir):
     result = evaluate("samples", update_model_card=True)
     (pipeline_dir / "README.md").write_text((pipeline_dir / "README.md").read_text() + "\nOwn words.\n")
     evaluate("others", update_model_card=True, seed=2)  # of the same protocol, in place of the first
-    last = evaluate("truncated", update_model_card=True, rounding="truncate")
+    last = evaluate("rounded", update_model_card=True, rounding="round")
     card = ModelCard.load(pipeline_dir / "README.md")
     assert "Own words." in card.text
     results = [entry for entry in card.data.eval_results if entry.metric_type == "fd (tiny_classifier)"]
@@ -222,7 +252,10 @@ def test_a_model_card_that_cannot_be_read_is_an_error_before_anything_is_made(ev
     ("changes", "message"),
     [
         ({"num_images": 1}, "`--num_images` is 1, allowed: integers from 2 on."),
-        ({"reference": None}, "`--reference` is None and `--feature_extractor` is .*tiny_classifier, allowed: real"),
+        (
+            {"reference": None, "update_model_card": True},
+            "`--reference` is None, allowed with `--update_model_card`: real images",
+        ),
         ({"feature_extractor": "none"}, "`--feature_extractor` is none, allowed without `--reference`"),
         (
             {"pipeline": "somebody/pipeline", "update_model_card": True},

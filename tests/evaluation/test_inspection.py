@@ -187,8 +187,27 @@ def test_one_channel_and_no_labels(inspect, tiny_tokenizer, tokenizer_dir, image
 def test_projection_without_labels(inspect, image_folder):
     _, report, _ = inspect(dataset=str(image_folder(6)), label_column="none")
     assert "projection.png" in pictures_of(report)
-    with pytest.raises(ValueError, match="`label_column` is 'label'"):
-        inspect(dataset=str(image_folder(6, "others")))
+    assert "No classes" not in report
+
+
+@pytest.mark.parametrize("label_column", ["label", "None"])
+def test_a_folder_without_classes(inspect, image_folder, label_column):
+    """By default labels may be missing, which the report says; `none` of any case asks for none."""
+    result, report, _ = inspect(dataset=str(image_folder(6)), label_column=label_column)
+    note = "No classes: images has no usable labels in a column 'label', or in one of a usual name."
+    assert result["notes"] == ([note] if label_column == "label" else [])
+    assert ("No classes" in report) == (label_column == "label") and "projection.png" in pictures_of(report)
+
+
+def test_a_column_of_labels_that_is_not_there(inspect, image_folder):
+    folder = str(image_folder(6))
+    with pytest.raises(
+        ValueError, match="`label_column` is 'species'.* For an inspection that is `--label_column none`"
+    ):
+        inspect(dataset=folder, label_column="species")
+    with pytest.raises(ValueError, match="cannot be loaded") as error:  # and nothing on labels
+        inspect(dataset=folder, split="test", label_column="species")
+    assert "--label_column" not in str(error.value)
 
 
 def test_the_seed_chooses_the_images(inspect):
@@ -258,7 +277,7 @@ def test_a_collapsed_tokenizer_is_shown(inspect, tiny_tokenizer, tokenizer_dir):
         ({"seed": -1}, "`--seed` is -1, allowed: integers from 0 on"),
         ({"seed": 2**32}, "`--seed` is 4294967296, allowed: up to 4294967295"),
         ({"resolution": 0}, "`--resolution` is 0, allowed: integers from 1 on"),
-        ({"max_samples": 0}, "`--max_samples` is 0, allowed: integers from 1 on"),
+        ({"max_samples": 1}, "`--max_samples` is 1, allowed: integers from 2 on"),
         ({"projection": "umap"}, "`--projection` is 'umap', allowed: pca, tsne"),
     ],
 )

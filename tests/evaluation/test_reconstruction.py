@@ -10,6 +10,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from softvq_hf.data import UnreadableImagesError
+from softvq_hf.data.latents import tokenizer_fingerprint
 from softvq_hf.evaluation.reconstruction import ReconstructionArguments, evaluate_reconstruction
 from softvq_hf.metrics.codebook_usage import CodebookUsage
 
@@ -65,6 +66,7 @@ def test_figures(evaluate, image_folder, tiny_tokenizer, tiny_classifier_dir):
     assert "its subsets have 1000 images, there are 20" in " ".join(result["notes"])
     protocol = result["protocol"]
     assert protocol["name"] == "20 images, ADM centre crop to 32 px, rounded to 8 bits"
+    assert protocol["tokenizer"] == tokenizer_fingerprint(tiny_tokenizer()) and protocol["mixed_precision"] == "no"
     assert protocol["num_images"] == 20 and protocol["feature_extractors"].keys() == {"tiny_classifier"}
     assert result["dataset"]["name"] == "images" and result["model"] == "tokenizer"
 
@@ -74,6 +76,21 @@ def test_runs_and_sizes_of_batches_give_the_same_numbers(evaluate, image_folder,
     first, again, single = (evaluate(batch_size=size, **options)["metrics"] for size in (8, 8, 1))
     assert first == again
     assert_same_figures(single, first, tolerance=1e-3)
+
+
+def test_identical_pairs_beside_an_infinite_psnr(evaluate, image_folder, tiny_tokenizer, tmp_path):
+    """A decoder of zeros makes grey images, and one of the originals is one."""
+    tokenizer = tiny_tokenizer(quantizer="none")
+    for parameter in tokenizer.decoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    tokenizer.save_pretrained(tmp_path / "grey")
+    folder = image_folder(4)
+    others = evaluate(dataset=str(folder), model=str(tmp_path / "grey"))
+    Image.new("RGB", (32, 32), (128, 128, 128)).save(folder / "val" / "grey.png")
+    result = evaluate(dataset=str(folder), model=str(tmp_path / "grey"))
+    assert result["metrics"]["psnr"] is None and "psnr_of_differing_pairs" not in others["metrics"]
+    assert result["metrics"]["psnr_of_differing_pairs"] == pytest.approx(others["metrics"]["psnr"], rel=1e-12)
+    assert any(note.startswith("1 of 5 reconstructions equal their originals") for note in result["notes"])
 
 
 def test_result_is_written(evaluate, tmp_path):
@@ -158,9 +175,40 @@ def test_diverged_tokenizer_names_the_images(evaluate, tiny_tokenizer, tmp_path)
         evaluate(model=str(tmp_path / "diverged"))
 
 
+def test_resolution_is_checked_before_the_data_are_loaded(evaluate):
+    with pytest.raises(ValueError, match="`--resolution` is 48, allowed: 32 x 32 pixels"):
+        evaluate(resolution=48, dataset="nowhere")
+
+
 def test_one_image_is_too_few(evaluate, image_folder):
     with pytest.raises(ValueError, match=r"1 readable image\(s\), allowed: 2 or more"):
         evaluate(dataset=str(image_folder(1)))
+
+
+def test_a_model_that_is_not_there(evaluate, tiny_pipeline, image_folder, tmp_path):
+    """Neither is a pipeline a tokenizer, nor the folder itself what is in a subfolder that does not exist."""
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "empty").mkdir()
+    folder = str(image_folder(4))
+    with pytest.raises(OSError, match="`--model` is '.*empty', which cannot be loaded. [^`]*$"):
+        evaluate(model=str(tmp_path / "empty"), dataset=folder)
+    with pytest.raises(OSError, match="`--model` is '.*pipeline', .* whose tokenizer is at `--subfolder vae`"):
+        evaluate(model=str(tmp_path / "pipeline"), dataset=folder)
+    with pytest.raises(ValueError, match="`--subfolder` is 'vea', allowed: a folder inside of '.*tokenizer' with"):
+        evaluate(subfolder="vea", dataset=folder)
+    assert evaluate(model=str(tmp_path / "pipeline"), subfolder="vae", dataset=folder)["metrics"]["psnr"] > 0
+
+
+def test_an_error_does_not_stand_behind_the_progress_bar(evaluate, tiny_tokenizer, tmp_path, capsys):
+    tokenizer = tiny_tokenizer(quantizer="none")
+    torch.nn.init.constant_(tokenizer.quant_conv.weight, float("nan"))
+    tokenizer.save_pretrained(tmp_path / "diverged")
+    try:
+        evaluate(model=str(tmp_path / "diverged"))
+    except ValueError:
+        assert capsys.readouterr().err.endswith("\n")
+    else:
+        pytest.fail("latents were not finite")
 
 
 def test_empty_folder(evaluate, tmp_path):
@@ -202,7 +250,7 @@ def test_missing_weights_of_lpips_are_named_with_the_way_around(evaluate, image_
         ({"mixed_precision": "fp8"}, "`--mixed_precision` is 'fp8', allowed: no, fp16, bf16"),
         ({"rounding": "floor"}, "`rounding` is 'floor', allowed: 'round', 'truncate'"),
         ({"batch_size": 0}, "`--batch_size` is 0"),
-        ({"max_samples": 0}, "`--max_samples` is 0"),
+        ({"max_samples": 1}, "`--max_samples` is 1, allowed: integers from 2 on"),
     ],
 )
 def test_argument_errors(arguments, message):

@@ -63,6 +63,11 @@ def test_too_few_images(mean_colours, images):
         build(images[:1], mean_colours("x"))
 
 
+def test_images_in_0_to_1_cast_to_8_bits_are_noticed(mean_colours, images):
+    with pytest.raises(ValueError, match="`reference` holds no value above 1 in any of 30 8-bit images"):
+        build(images.bool().byte(), mean_colours("x"))
+
+
 def test_round_trip(accelerator, mean_colours, images, tmp_path):
     reference = build(images, mean_colours("x"), dataset={"name": "noise"})
     save_reference(reference, tmp_path / "new" / "reference.npz")

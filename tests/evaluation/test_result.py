@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 
 from softvq_hf.evaluation.result import build_result, check_output_file, differences, update_model_card, write_result
-from softvq_hf.training.hub import export_model, read_model_card, update_model_index
+from softvq_hf.training.hub import export_model, export_pipeline, read_model_card, update_model_index
 
 
 @pytest.fixture
@@ -163,6 +163,25 @@ def test_card_is_made_where_there_is_none(make_result, tiny_tokenizer, tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.model_name == tmp_path.name and card.data.eval_results[0].metric_value == 20.0
     assert "An image tokenizer" in card.text
+
+
+@pytest.mark.parametrize("kind", ["vae", "transformer", "pipeline"])
+def test_new_card_tells_of_the_source_that_the_folder_has(tiny_pipeline, tmp_path, kind):
+    """What `save_pretrained` writes is loaded by the package, what is exported by diffusers."""
+    pipeline = tiny_pipeline()
+    model = pipeline if kind == "pipeline" else getattr(pipeline, kind)
+    model.save_pretrained(tmp_path / "saved")
+    (export_pipeline if kind == "pipeline" else export_model)(model, tmp_path / "exported")
+    (tmp_path / "exported" / "README.md").unlink()
+    saved, exported = (read_model_card(tmp_path / name, model).text for name in ("saved", "exported"))
+    name = type(model).__name__
+    assert f"from softvq_hf import {name}\n" in saved and f'{name}.from_pretrained("{tmp_path / "saved"}")' in saved
+    assert "trust_remote_code" not in saved and "carries the source" not in saved and "runs no code" not in saved
+    assert "carries the source" in exported and "trust_remote_code=True" in exported
+    assert "from softvq_hf" not in exported
+    for source in [*(tmp_path / "exported").glob("*.py")]:  # config.json still names it
+        source.unlink()
+    assert "trust_remote_code" not in read_model_card(tmp_path / "exported", model).text
 
 
 def test_card_of_a_pipeline(make_result, tiny_pipeline, tmp_path):

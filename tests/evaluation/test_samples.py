@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -117,7 +118,8 @@ def test_images_are_those_of_the_pipeline(random_pipeline, generate):
 )
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_images_do_not_depend_on_the_batch_size(random_pipeline, generate, scheduler, batch_size):
-    pipeline = random_pipeline(scheduler)
+    chain = {"timestep_scale": 1.0} if isinstance(scheduler, DDPMScheduler) else {}
+    pipeline = random_pipeline(scheduler, **chain)
     expected = read_images(generate(pipeline, "expected", batch_size=4)).astype(int)
     images = read_images(generate(pipeline, "samples", batch_size=batch_size)).astype(int)
     assert np.abs(images - expected).max() <= 1  # kernels may round otherwise, right between two grey levels
@@ -165,6 +167,27 @@ def test_shards_that_are_missing_are_made_anew(random_pipeline, generate):
     kept = samples.path(2).stat().st_mtime_ns
     np.testing.assert_array_equal(read_images(generate(pipeline, "samples")), before)
     assert samples.path(2).stat().st_mtime_ns == kept
+
+
+def test_what_killed_runs_have_begun_is_deleted(random_pipeline, generate):
+    samples = generate(random_pipeline(), "samples")
+    for name in ("samples.4711.unfinished", "images/00001-of-00006.4711.unfinished"):
+        (samples.output_dir / name).write_bytes(b"half of it")
+    before = read_images(samples).copy()
+    generate(random_pipeline(), "samples")
+    assert list(samples.output_dir.rglob("*.unfinished")) == []
+    np.testing.assert_array_equal(read_images(samples), before)
+
+
+def test_an_error_does_not_stand_behind_the_progress_bar(random_pipeline, generate, capsys):
+    pipeline = random_pipeline()
+    torch.nn.init.constant_(next(pipeline.transformer.parameters()), math.nan)
+    try:
+        generate(pipeline, "samples")
+    except ValueError:
+        assert capsys.readouterr().err.endswith("\n")
+    else:
+        pytest.fail("images were not finite")
 
 
 def flip_a_pixel(path):

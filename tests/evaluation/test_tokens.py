@@ -51,9 +51,21 @@ def test_another_resolution(tiny_tokenizer):
 
 def test_resolution(tiny_tokenizer):
     assert choose_resolution(tiny_tokenizer(), None) == 32
-    assert choose_resolution(tiny_tokenizer(), 64) == 64
+    rotary = {"position_embedding_type": "rope_axial", "encoder_hidden_size": 32, "decoder_hidden_size": 32}
+    assert choose_resolution(tiny_tokenizer(**rotary), 48) == 48
+    with pytest.raises(ValueError, match="`--resolution` is 50, allowed: multiples of 8 pixels"):
+        choose_resolution(tiny_tokenizer(**rotary), 50)
+    with pytest.raises(ValueError, match="`--resolution` is 48, allowed: 32 x 32 pixels, which the absolute"):
+        choose_resolution(tiny_tokenizer(), 48)
+    assert choose_resolution(tiny_tokenizer(), 32) == 32
     with pytest.raises(ValueError, match="The tokenizer takes 32 x 16 pixels, allowed: squares"):
         choose_resolution(tiny_tokenizer(sample_size=[32, 16]), None)
+
+
+def test_resolution_of_2d_latents(autoencoder_kl):
+    assert choose_resolution(autoencoder_kl, 24) == 24
+    with pytest.raises(ValueError, match="`--resolution` does not fit the tokenizer: .* 18, .*multiples of 4"):
+        choose_resolution(autoencoder_kl, 18)
 
 
 def test_images_that_are_not_finite_are_named():

@@ -159,10 +159,62 @@ def test_images_of_another_range_are_refused_at_the_end(metric_name):
     metric = METRICS[metric_name](feature_extractor=TinyFeatureExtractor())
     images = torch.rand(90, 3, 4, 4)
     metric.add_batch(**sides(metric_name, images.round().byte(), images.round().byte()))
-    with pytest.raises(ValueError, match="`predictions` holds no value above 1 in any of 90 8-bit images"):
+    with pytest.raises(ValueError, match="`predictions` holds no value above 1 in any of 90 8-bit images.*`reset()"):
         metric.compute()
     metric.add_batch(**sides(metric_name, images[:1], images[:1]), indices=[90])
     assert metric.compute()["num_predictions"] == 91
+
+
+def test_a_batch_that_compute_refuses_is_taken_back(metric_name, features):
+    metric, expected = METRICS[metric_name](), METRICS[metric_name]()
+    for each in (metric, expected):
+        each.add_batch(**sides(metric_name, *(side[:1] for side in features)))
+    with pytest.raises(ValueError):  # too few, or too large
+        metric.compute(**sides(metric_name, *(1e200 * side[:1].double() for side in features)))
+    expected.add_batch(**sides(metric_name, *(side[1:] for side in features)))
+    result = metric.compute(**sides(metric_name, *(side[1:] for side in features)))
+    assert result == pytest.approx(expected.compute(), rel=1e-10)
+    metric.add_batch(**sides(metric_name, *features))
+    metric.reset()
+    with pytest.raises(ValueError):
+        metric.compute()
+
+
+class MeanColour(FeatureExtractor):
+    """Features of images of any size: 3, and as many logits."""
+
+    label = "mean"
+    num_features = num_classes = 3
+    num_spatial_features = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def description(self) -> dict[str, str]:
+        return {"name": "mean"}
+
+    def extract(self, images: torch.Tensor) -> ImageFeatures:
+        means = images.float().mean((2, 3)) * self.scale
+        return ImageFeatures(means, logits=means)
+
+
+def test_images_of_another_size_are_refused(metric_name):
+    """Between batches, between processes, and between the sides."""
+    images, larger = (torch.randint(0, 256, (90, 3, *size), dtype=torch.uint8) for size in ((4, 4), (6, 8)))
+    expected = METRICS[metric_name](feature_extractor=MeanColour()).compute(**sides(metric_name, images, images))
+    metric, other = (METRICS[metric_name](feature_extractor=MeanColour()) for _ in range(2))
+    metric.add_batch(**sides(metric_name, images, images), indices=range(90))
+    with pytest.raises(ValueError, match="`predictions` has images of 6 x 8 pixels .*allowed as with the others: 4 x"):
+        metric.add_batch(**sides(metric_name, larger, larger), indices=range(90, 180))
+    if metric_name in TWO_SIDED:
+        with pytest.raises(ValueError, match="`references` has images of 6 x 8 pixels .*as with the others: 4 x 4"):
+            other.add_batch(predictions=images, references=larger)
+    assert other.num_features() is None  # nothing of it was taken in
+    other.add_batch(predictions=larger, indices=range(90, 180))
+    with pytest.raises(ValueError, match="Another process has images of 6 x 8 pixels"):
+        pickle.loads(pickle.dumps(metric.accumulators["size"])).merge(other.accumulators["size"])
+    assert metric.compute() == expected
 
 
 @pytest.mark.parametrize("extractor", [nn.Linear(2, 2), 3, ["inception"], torch.randn(4, 6)])

@@ -64,7 +64,8 @@ def test_psnr_agrees_with_scikit_image(photographs, distorted):
     ]
     assert max(expected) - min(expected) > 5
     result = compute(PSNR(), distorted, photographs)
-    assert result == {"psnr": pytest.approx(np.mean(expected), rel=1e-6), "num_images": 6}
+    mean = pytest.approx(np.mean(expected), rel=1e-6)
+    assert result == {"psnr": mean, "num_images": 6, "num_identical_pairs": 0, "psnr_of_differing_pairs": mean}
 
 
 def test_psnr_of_a_known_error():
@@ -168,9 +169,23 @@ def test_one_image_added_alone_counts_as_in_a_batch(photographs, distorted):
 
 
 def test_identical_images_are_the_limits(photographs, trunks):
-    assert compute(PSNR(), photographs, photographs)["psnr"] == math.inf
+    result = compute(PSNR(), photographs, photographs)
+    assert (result["psnr"], result["num_identical_pairs"], result["psnr_of_differing_pairs"]) == (math.inf, 6, None)
     assert compute(SSIM(), photographs, photographs)["ssim"] == pytest.approx(1, abs=1e-6)
     assert compute(LPIPS("alex", weights_path=trunks["alex"]), photographs, photographs)["lpips"] == 0
+
+
+def test_psnr_beside_identical_pairs(photographs, distorted):
+    """They are counted, and the mean over the others is told."""
+    predictions = torch.cat([distorted[:4], photographs[4:]])
+    result = compute(PSNR(), predictions, photographs, batch_size=3)
+    expected = compute(PSNR(), distorted[:4], photographs[:4])["psnr"]
+    assert result == {
+        "psnr": math.inf,
+        "num_images": 6,
+        "num_identical_pairs": 2,
+        "psnr_of_differing_pairs": pytest.approx(expected, rel=1e-12),
+    }
 
 
 @pytest.mark.parametrize("metric_class", [PSNR, SSIM])
@@ -213,8 +228,27 @@ def test_nothing_added():
 def test_images_in_0_to_1_cast_to_8_bits_are_noticed(photographs):
     metric = PSNR()
     metric.add_batch(predictions=(photographs / 255).to(torch.uint8), references=photographs)
-    with pytest.raises(ValueError, match="`predictions` holds no value above 1 in any of 6 8-bit images"):
+    with pytest.raises(ValueError, match="`predictions` holds no value above 1 in any of 6 8-bit images.*`reset()"):
         metric.compute()
+    metric.reset()
+    assert metric.compute(predictions=photographs, references=photographs)["num_images"] == 6
+
+
+@pytest.mark.parametrize("num_earlier", [0, 1])
+@pytest.mark.parametrize("metric_class", [PSNR, SSIM])
+def test_a_batch_that_compute_refuses_is_taken_back(metric_class, num_earlier, photographs, distorted):
+    """What was added before stays: a black image, which is no error by itself."""
+    metric, expected = metric_class(), metric_class()
+    for each in (metric, expected):
+        for image in torch.zeros(num_earlier, 3, 48, 64, dtype=torch.uint8):
+            each.add(prediction=image, reference=image + 1)
+    cast = (photographs / 255).to(torch.uint8)
+    with pytest.raises(ValueError, match=f"`predictions` holds no value above 1 in any of {6 + num_earlier} 8-bit"):
+        metric.compute(predictions=cast, references=cast)
+    expected.add_batch(predictions=distorted, references=photographs)
+    result = metric.compute(predictions=distorted, references=photographs)
+    assert result == pytest.approx(expected.compute(), rel=1e-12)
+    assert result["num_images"] == 6 + num_earlier
 
 
 def test_images_smaller_than_the_window_of_ssim(photographs):

@@ -84,7 +84,37 @@ def test_2d_latents():
 def test_sizes_that_are_not_square():
     config = AutoencoderSoftVQ(**{**TOKENIZER, "sample_size": (16, 32)}).config
     assert rate(config)["compression_32"] == 16
-    assert rate(config, (32, 32))["compression_32"] == 32
+    assert rate(config, (32, 32)) == rate(config, 32) and rate(config, 32)["compression_32"] == 32
+
+
+@pytest.mark.parametrize("image_size", [0, (0, 0), (16, -16), (16,), 16.0, "16", (16.0, 16.0)])
+def test_sizes_that_are_none(image_size):
+    config = AutoencoderSoftVQ(**TOKENIZER).config
+    with pytest.raises(ValueError, match=r"`image_size` is .*, allowed: one integer or two, height and width, from 1"):
+        Rate(config, image_size)
+    with pytest.raises(ValueError, match=r"`sample_size` of `config` is .*, allowed: one integer or two"):
+        Rate({**config, "sample_size": image_size})
+
+
+@pytest.mark.parametrize("config", [None, [1], AutoencoderSoftVQ(**TOKENIZER)], ids=type)
+def test_what_is_no_configuration(config):
+    with pytest.raises(ValueError, match=f"`config` is of type {type(config).__name__}, allowed: a mapping, the `co"):
+        Rate(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({}, "sample_size"),
+        ({"quantizer": "vq"}, "codebook_size and sample_size"),
+        ({"num_latent_tokens": None, "sample_size": 16}, "block_out_channels"),
+    ],
+)
+def test_configuration_that_lacks_something(changes, missing):
+    config = {"in_channels": 3, "latent_channels": 6, "num_latent_tokens": 4, **changes}
+    config = {name: value for name, value in config.items() if value is not None}
+    with pytest.raises(ValueError, match=f"`config` lacks {missing}, allowed: the `config` of"):
+        Rate(config)
 
 
 def test_other_models():
@@ -99,4 +129,6 @@ def test_metric_counts_images_and_knows_the_latents_of_its_configuration():
         metric.add_batch(predictions=model.encode(torch.zeros(batch_size, 3, 16, 16)).latent)
     with pytest.raises(ValueError, match=r"latents of shape \(6, 4\), allowed with this `config`: \(4, 6\)"):
         metric.add_batch(predictions=torch.zeros(2, 6, 4))
+    with pytest.raises(ValueError, match=r"`predictions` holds NaN or infinite numbers, in the latents \[1\] of the"):
+        metric.add_batch(predictions=torch.tensor([0.0, math.nan]).view(2, 1, 1).expand(2, 4, 6))
     assert metric.compute() == {**rate(model.config), "num_images": 5}

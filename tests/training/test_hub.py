@@ -31,6 +31,7 @@ from softvq_hf.training.hub import (
     generator_card,
     pipeline_card,
     push_folder,
+    read_model_card,
     tokenizer_card,
     training_command,
 )
@@ -410,6 +411,19 @@ def test_code_examples_of_cards_run_with_the_package(tiny_pipeline, tmp_path):
     )
     for name in schedulers:
         assert Image.open(tmp_path / f"{name}.png").size == (16, 16)
+
+
+@pytest.mark.slow
+def test_code_examples_of_folders_without_source_run_with_the_package(tiny_pipeline, photo, tmp_path):
+    """As `save_pretrained` leaves them."""
+    pipeline, code = tiny_pipeline(), []
+    for name, model in {"pipeline": pipeline, "vae": pipeline.vae, "transformer": pipeline.transformer}.items():
+        model.save_pretrained(tmp_path / name)
+        code += snippets(read_model_card(tmp_path / name, model))
+    assert len(code) == 3
+    run_python("\n".join([*code, "assert prediction.shape == (1, 10, 6)"]), tmp_path, HF_HUB_OFFLINE="1")
+    assert Image.open(tmp_path / "sample.png").size == (16, 16)
+    assert Image.open(tmp_path / "reconstruction.png").size == (16, 16)
 
 
 # Upload and download

@@ -4,13 +4,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
 from softvq_hf.data import load_image_dataset
 from softvq_hf.metrics.features import FeatureExtractor, FeatureWeightsUnavailable, load_feature_extractor
 from softvq_hf.metrics.images import ROUNDINGS, check_rounding
+from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
+from softvq_hf.training.generator import load_tokenizer
 
 
+# Labels that belong to one network each, and its name.
+RESERVED_LABELS = {"Inception": "inception", "DINOv2": "dinov2"}
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 
 
@@ -35,8 +40,8 @@ class EvaluationDataArguments:
     dataloader_num_workers: int = field(default=0, metadata={"help": "Loader processes; 0 loads in the main one."})
 
     def __post_init__(self) -> None:
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"`--max_samples` is {self.max_samples}, allowed: integers from 1 on.")
+        if self.max_samples is not None and self.max_samples < 2:
+            raise ValueError(f"`--max_samples` is {self.max_samples}, allowed: integers from 2 on.")
         if not 0 <= self.max_unreadable_fraction <= 1:
             raise ValueError(f"`--max_unreadable_fraction` is {self.max_unreadable_fraction}, allowed: [0, 1].")
         if self.dataloader_num_workers < 0:
@@ -99,6 +104,21 @@ class TokenizerArguments:
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"`--resolution` is {self.resolution}, allowed: integers from 1 on.")
 
+    def load_tokenizer(self) -> AutoencoderSoftVQ | AutoencoderKL:
+        """
+        The tokenizer, in eval mode.
+
+        Raises:
+            ValueError: As [`~softvq_hf.training.generator.load_tokenizer`].
+            OSError: If there is none.
+        """
+        try:
+            return load_tokenizer(self.model, subfolder=self.subfolder)
+        except OSError as error:
+            is_pipeline = self.subfolder is None and Path(self.model, "model_index.json").is_file()
+            hint = " It is a pipeline, whose tokenizer is at `--subfolder vae`." if is_pipeline else ""
+            raise OSError(f"`--model` is {self.model!r}, which cannot be loaded.{hint} {error}") from error
+
 
 @dataclass(kw_only=True)
 class FeatureArguments:
@@ -150,15 +170,14 @@ class FeatureArguments:
             try:
                 extractor = load_feature_extractor(name, weights_path=weights_path)
             except FeatureWeightsUnavailable as error:
-                raise FeatureWeightsUnavailable(
-                    f"{error} For an evaluation that is `--inception_weights`; `--feature_extractor none` does"
-                    " without."
-                ) from error
-            if name != "inception" and extractor.label == "Inception":
-                raise ValueError(
-                    f"`--feature_extractor` is {name!r}, allowed: another name of the folder. Figures are called after"
-                    " it, and those of Inception belong to one network."
-                )
+                option = " For an evaluation that is `--inception_weights`." if name == "inception" else ""
+                raise FeatureWeightsUnavailable(f"{error}{option} `--feature_extractor none` does without.") from error
+            for label, owner in RESERVED_LABELS.items():
+                if name != owner and extractor.label.lower() == label.lower():
+                    raise ValueError(
+                        f"`--feature_extractor` is {name!r}, allowed: a folder of another name. Figures are called"
+                        f" after it, and those of {label} belong to one network."
+                    )
             extractors.append(extractor.to(device))
         labels = [extractor.label for extractor in extractors]
         if len(set(labels)) < len(labels):
@@ -180,8 +199,7 @@ class EvaluationArguments(FeatureArguments):
     rounding: str = field(
         default="round",
         metadata={
-            "help": "How the model's images become 8-bit ones: to the nearest value, or truncate, which the official"
-            " sampling scripts of SiT and DiT do.",
+            "help": "How the model's images become 8-bit ones: round, to the nearest value, or truncate.",
             "choices": list(ROUNDINGS),
         },
     )

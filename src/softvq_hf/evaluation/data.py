@@ -16,7 +16,8 @@ def image_batches(
     accelerator: Accelerator, dataset: Dataset, batch_size: int, *, num_workers: int = 0, desc: str = "images"
 ) -> Iterator[dict[str, Any]]:
     """
-    Batches of this process, with a progress bar in images per second. No image is repeated or lost.
+    Batches of this process, with a progress bar in images per second. No image is repeated or lost. Where
+    the iterator has a name, `contextlib.closing` lets an error of the loop come below the bar, not behind it.
 
     Batch number b holds the images b * `batch_size` and following, whatever the number of processes, and process p of
     n takes the batches p, p + n, p + 2n and so on: a model sees the same batches with any number of processes, which

@@ -9,6 +9,7 @@ from softvq_hf.evaluation.reference import Reference
 from softvq_hf.metrics.feature_sample import FeatureSample
 from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.metrics.frechet_distance import FrechetDistance
+from softvq_hf.metrics.images import ImageRange
 from softvq_hf.metrics.inception_score import InceptionScore
 from softvq_hf.metrics.kernel_distance import kernel_distance
 from softvq_hf.metrics.precision_recall import precision_recall
@@ -39,6 +40,8 @@ class DistributionMetrics:
     Args:
         extractor ([`FeatureExtractor`]): The network.
         reference ([`Reference`], *optional*): What predictions are compared with; without it, `references` are added.
+        has_references (`bool`, *optional*, defaults to `True`):
+            Whether there are real images. Without, the Inception score, which compares with none, is all.
         num_splits (`int`, *optional*, defaults to 10): As in [`InceptionScore`].
         num_subsets (`int`, *optional*, defaults to 100): As in [`kernel_distance`].
         subset_size (`int`, *optional*, defaults to 1000): As in [`kernel_distance`].
@@ -52,6 +55,7 @@ class DistributionMetrics:
         extractor: FeatureExtractor,
         *,
         reference: Reference | None = None,
+        has_references: bool = True,
         num_splits: int = 10,
         num_subsets: int = 100,
         subset_size: int = 1000,
@@ -60,6 +64,7 @@ class DistributionMetrics:
     ) -> None:
         self.extractor = extractor
         self.reference = reference
+        self.has_references = has_references
         self.num_splits = num_splits
         self.num_subsets = num_subsets
         self.subset_size = subset_size
@@ -75,6 +80,7 @@ class DistributionMetrics:
         self.spatial_frechet_distance = FrechetDistance(reference=spatial_statistics)
         self.inception_score = InceptionScore(num_splits=self.num_splits)
         self.samples = {side: FeatureSample(self.capacity) for side in ("predictions", "references")}
+        self.ranges = {side: ImageRange(side) for side in ("predictions", "references")}
 
     def add(
         self,
@@ -100,13 +106,16 @@ class DistributionMetrics:
             if images is None:
                 continue
             found = self.extractor(images)
+            self.ranges[side].update(images)
+            if found.logits is not None and side == "predictions":
+                self.inception_score.add_batch(predictions=found.logits.cpu(), indices=indices)
+            if not self.has_references:
+                continue
             features = found.features.cpu()
             self.frechet_distance.add_batch(**{side: features})
             self.samples[side].update(features, indices.numpy())
             if found.spatial_features is not None:
                 self.spatial_frechet_distance.add_batch(**{side: found.spatial_features.cpu()})
-            if found.logits is not None and side == "predictions":
-                self.inception_score.add_batch(predictions=found.logits.cpu(), indices=indices)
 
     def compute(self) -> dict[str, Any]:
         """
@@ -116,23 +125,27 @@ class DistributionMetrics:
             `dict`: `label`, that of the network; `metrics`, with Inception `fid`, `sfid`, `inception_score`,
             `inception_score_std`, `kid`, `kid_std`, `precision` and `recall`, with any other network, whose figures
             are no FID, `fd`, `spatial_fd`, `classifier_score`, `kernel_distance` and so on, `None` for what cannot be
-            had; `notes`, why it cannot be had, and what a reader should know; `num_predictions`; `num_references`,
-            `None` where a reference does not say.
+            had (those of real images are not there if there are none); `notes`, why it cannot be had, and what a
+            reader should know; `num_predictions`; `num_references`, `None` where a reference does not say.
 
         Raises:
-            ValueError: If there are fewer than two predictions, or references.
+            ValueError: If there are fewer than two predictions, or references, or no image of a side has a value above
+                1.
         """
-        notes = []
+        ranges = {side: merge_over_processes(image_range) for side, image_range in self.ranges.items()}
+        for image_range in ranges.values():
+            image_range.check()
+        if not self.has_references:
+            num_predictions = ranges["predictions"].num_images
+            figures, notes = self._classifier_score(num_predictions)
+            self._forget()
+            return self._result(figures, ["No real images: only the classifier score.", *notes], num_predictions, None)
+
         distance = self.frechet_distance.compute()
         num_predictions, num_references = distance["num_predictions"], distance["num_references"]
+        counts = {"predictions": num_predictions, "references": num_references}
         figures: dict[str, float | None] = {"frechet_distance": distance["frechet_distance"]}
-        most_features = max(self.extractor.num_features, self.extractor.num_spatial_features or 0)
-        for images, count in (("predictions", num_predictions), ("references", num_references)):
-            if count is not None and count <= most_features:
-                notes.append(
-                    f"{count} {images} for up to {most_features} features: a Fréchet distance over so few images is"
-                    " far too high, and can only be compared with one over as many."
-                )
+        notes = few_images_notes("Fréchet distance", self.extractor.num_features, counts)
 
         figures["spatial_frechet_distance"] = None
         if self.extractor.num_spatial_features is None:
@@ -141,16 +154,11 @@ class DistributionMetrics:
             notes.append("No spatial Fréchet distance: the reference has no statistics of spatial features.")
         else:
             figures["spatial_frechet_distance"] = self.spatial_frechet_distance.compute()["frechet_distance"]
+            notes += few_images_notes("spatial Fréchet distance", self.extractor.num_spatial_features, counts)
 
-        figures |= {"classifier_score": None, "classifier_score_std": None}
-        if self.extractor.num_classes is None:
-            notes.append("No classifier score: the network gives no logits.")
-        elif num_predictions < self.num_splits:
-            notes.append(f"No classifier score: {num_predictions} images are fewer than {self.num_splits} splits.")
-        else:
-            score = self.inception_score.compute()
-            figures["classifier_score"] = score["inception_score"]
-            figures["classifier_score_std"] = score["inception_score_std"]
+        score, score_notes = self._classifier_score(num_predictions)
+        figures |= score
+        notes += score_notes
 
         figures |= {"kernel_distance": None, "kernel_distance_std": None, "precision": None, "recall": None}
         if self.reference is not None and self.reference.features is None:
@@ -178,6 +186,18 @@ class DistributionMetrics:
         self._forget()
         return self._result(figures, notes, num_predictions, num_references)
 
+    def _classifier_score(self, num_predictions: int) -> tuple[dict[str, float | None], list[str]]:
+        """The Inception score by name, and why it cannot be had. Collective."""
+        figures = {"classifier_score": None, "classifier_score_std": None}
+        if self.extractor.num_classes is None:
+            return figures, ["No classifier score: the network gives no logits."]
+        if num_predictions < self.num_splits:
+            return figures, [f"No classifier score: {num_predictions} images are fewer than {self.num_splits} splits."]
+        score = self.inception_score.compute()
+        figures["classifier_score"] = score["inception_score"]
+        figures["classifier_score_std"] = score["inception_score_std"]
+        return figures, []
+
     def _result(
         self, figures: dict[str, float | None], notes: list[str], num_predictions: int, num_references: int | None
     ) -> dict[str, Any]:
@@ -190,6 +210,23 @@ class DistributionMetrics:
             "num_predictions": num_predictions,
             "num_references": num_references,
         }
+
+
+def few_images_notes(figure: str, num_features: int, counts: dict[str, int | None]) -> list[str]:
+    """
+    What a reader of a distance between Gaussians should know, one note for each side.
+
+    Args:
+        figure (`str`): What it is called.
+        num_features (`int`): Features that it is over.
+        counts (`dict`): Images by the name of their side; `None` where it is not known.
+    """
+    return [
+        f"{count} {images} for the {num_features} features of the {figure}: over so few images it is far too high, and"
+        " can only be compared with one over as many."
+        for images, count in counts.items()
+        if count is not None and count <= num_features
+    ]
 
 
 def name_figures(results: list[dict[str, Any]], prefix: str) -> dict[str, float | None]:

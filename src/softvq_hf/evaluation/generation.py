@@ -20,7 +20,9 @@ from softvq_hf.evaluation.reference import Reference, build_dataset_reference, l
 from softvq_hf.evaluation.result import build_result, check_output_file, update_model_card, write_result
 from softvq_hf.evaluation.samples import LABELS, NPZ_FILE, generate_samples, plan_samples
 from softvq_hf.metrics.features import FeatureExtractor
+from softvq_hf.metrics.images import ROUNDINGS
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+from softvq_hf.training.arguments import check_output_dir
 from softvq_hf.training.generator import get_image_size
 from softvq_hf.training.hub import read_model_card
 
@@ -55,6 +57,14 @@ class GenerationArguments(EvaluationArguments):
         metadata={"help": "Two times between which steps are guided; 1 is noise, 0 is data."},
     )
     num_inference_steps: int = field(default=250, metadata={"help": "Steps of the sampler."})
+    rounding: str = field(
+        default="truncate",
+        metadata={
+            "help": "How the images become 8-bit ones: truncate, as the official sampling scripts of SiT and DiT do,"
+            " or round, to the nearest value.",
+            "choices": list(ROUNDINGS),
+        },
+    )
     shard_size: int = field(default=256, metadata={"help": "Images per file; an interrupted process loses one file."})
     save_npz: bool = field(
         default=True, metadata={"help": f"Write {NPZ_FILE} with all images, for the evaluation scripts of ADM."}
@@ -65,7 +75,8 @@ class GenerationArguments(EvaluationArguments):
         default=None,
         metadata={
             "help": "What the images are compared with: an .npz file of `softvq-hf evaluate reference`, of images"
-            " (arr_0) or of (mu, sigma), or images as --dataset of the other evaluations takes them."
+            " (arr_0) or of (mu, sigma), or images as --dataset of the other evaluations takes them. Without it the"
+            " Inception Score is all."
         },
     )
     reference_config_name: str | None = field(
@@ -106,15 +117,15 @@ class GenerationArguments(EvaluationArguments):
             )
         if self.reference_is_file and not Path(self.reference).is_file():
             raise ValueError(f"`--reference` is {self.reference!r}, allowed: an .npz file that exists, or a data set.")
-        if self.reference is None and self.feature_extractor != ["none"]:
-            raise ValueError(
-                f"`--reference` is None and `--feature_extractor` is {' '.join(self.feature_extractor)}, allowed: real"
-                " images, or `--feature_extractor none` to generate only."
-            )
         if self.feature_extractor == ["none"] and (self.reference is not None or self.update_model_card):
             raise ValueError(
                 "`--feature_extractor` is none, allowed without `--reference` and `--update_model_card` only: there"
                 " are no figures then."
+            )
+        if self.update_model_card and self.reference is None:
+            raise ValueError(
+                "`--reference` is None, allowed with `--update_model_card`: real images, which the figures of a card"
+                " name."
             )
         if self.update_model_card and not Path(self.pipeline).is_dir():
             raise ValueError(
@@ -162,6 +173,7 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
             images of another plan, or the pipeline makes images that are not finite.
         OSError: If the pipeline or the weights of a feature network are not there.
     """
+    check_output_dir(args.output_dir)
     output_file = args.output_file or str(Path(args.output_dir, RESULT_FILE))
     check_output_file(output_file)
     accelerator = build_accelerator(args.mixed_precision)
@@ -173,6 +185,12 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
         except OSError as error:
             raise OSError(f"`--pipeline` is {args.pipeline!r}, which cannot be loaded: {error}") from error
         extractors = args.load_feature_extractors(accelerator.device)
+    for extractor in extractors:
+        if args.reference is None and extractor.num_classes is None:
+            raise ValueError(
+                f"`--reference` is None, allowed with {extractor.label}, which gives no logits: real images, or"
+                " `--feature_extractor none` to generate only."
+            )
     if args.update_model_card:
         read_model_card(args.pipeline, pipeline)
     height, width = get_image_size(pipeline.vae, pipeline.transformer)
@@ -193,7 +211,9 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
     )
 
     # 2. What the networks see in real images, and the images
-    references = [read_reference(args, accelerator, extractor, resolution=height) for extractor in extractors]
+    references = []
+    if args.reference is not None:
+        references = [read_reference(args, accelerator, extractor, resolution=height) for extractor in extractors]
     generate_samples(pipeline, samples, accelerator, batch_size=args.batch_size)
     pipeline.to("cpu")  # leaves the device to the feature networks
     if args.save_npz and accelerator.is_main_process:
@@ -201,22 +221,21 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
 
     # 3. The figures
     distributions = [
-        DistributionMetrics(extractor, reference=reference)
-        for extractor, reference in zip(extractors, references, strict=True)
+        DistributionMetrics(extractor, reference=reference, has_references=reference is not None)
+        for extractor, reference in zip(extractors, references or [None] * len(extractors), strict=True)
     ]
     if distributions:
         own_shards = range(samples.num_shards)[accelerator.process_index :: accelerator.num_processes]
-        progress = tqdm(
+        with tqdm(
             total=sum(len(samples.indices(shard)) for shard in own_shards),
             desc=f"figures (process 1 of {accelerator.num_processes})",
             unit="image",
             disable=not accelerator.is_main_process,
-        )
-        for indices, images in samples.batches(own_shards, args.batch_size):
-            for distribution in distributions:
-                distribution.add(predictions=images, indices=indices)
-            progress.update(len(images))
-        progress.close()
+        ) as progress:
+            for indices, images in samples.batches(own_shards, args.batch_size):
+                for distribution in distributions:
+                    distribution.add(predictions=images, indices=indices)
+                progress.update(len(images))
     results = [distribution.compute() for distribution in distributions]
 
     # 4. The record
@@ -252,9 +271,14 @@ def read_reference(
     """The real images of `args` as one network sees them: read from an .npz file, or measured. Collective."""
     if args.reference_is_file:
         return load_reference(accelerator, args.reference, extractor, resolution, batch_size=args.batch_size)
-    return build_dataset_reference(
-        accelerator, args.reference_data(), extractor, resolution, batch_size=args.batch_size
-    )
+    try:
+        return build_dataset_reference(
+            accelerator, args.reference_data(), extractor, resolution, batch_size=args.batch_size
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"`--reference` is {args.reference!r} with `--reference_split` {args.reference_split!r}: {error}"
+        ) from error
 
 
 def describe_real_images(args: GenerationArguments, references: Sequence[Reference]) -> dict[str, Any]:

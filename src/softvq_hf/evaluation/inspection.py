@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers import AutoencoderKL
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -42,8 +43,9 @@ from softvq_hf.metrics.latent_statistics import LatentStatistics
 from softvq_hf.metrics.psnr import PSNR
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.training.arguments import check_output_dir
-from softvq_hf.training.generator import load_tokenizer
 
+
+logger = get_logger(__name__)
 
 TEMPLATE = Path(__file__).parent / "templates" / "inspection.html"
 PROJECTIONS = ("pca", "tsne")
@@ -51,6 +53,7 @@ PICTURES = (
     *("reconstructions.png", "influence_dropped.png", "influence_swapped.png", "interpolation.png", "channels.png"),
     *("codebook.png", "projection.png"),
 )
+DEFAULT_LABEL_COLUMN = "label"
 REPORT_FILE, RESULT_FILE = "report.html", "result.json"
 
 
@@ -59,7 +62,10 @@ class InspectionArguments(TokenizerArguments, EvaluationDataArguments):
     """Arguments of [`inspect_tokenizer`]. `__post_init__` raises `ValueError` for values that cannot work."""
 
     output_dir: str = field(metadata={"help": "Folder for the report, its pictures and its numbers."})
-    label_column: str = field(default="label", metadata={"help": "Column of the class labels; none for no labels."})
+    label_column: str = field(
+        default=DEFAULT_LABEL_COLUMN,
+        metadata={"help": "Column of the class labels, which images may lack by default; none for no labels."},
+    )
     max_samples: int | None = field(
         default=1000, metadata={"help": "Encode only this many images, spread evenly over the data set."}
     )
@@ -151,9 +157,9 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
         raise ValueError(f"{accelerator.num_processes} processes were launched to inspect a model, allowed: 1.")
 
     # 1. The tokenizer, the latents of all images, and the images to look at
-    vae = load_tokenizer(args.model, subfolder=args.subfolder).to(accelerator.device)
+    vae = args.load_tokenizer().to(accelerator.device)
     resolution = choose_resolution(vae, args.resolution)
-    dataset = args.load_dataset(resolution, label_column=None if args.label_column == "none" else args.label_column)
+    dataset, notes = load_labelled_images(args, resolution)
     encoded = encode_images(
         accelerator, vae, dataset, batch_size=args.batch_size, num_workers=args.dataloader_num_workers
     )
@@ -236,7 +242,7 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
             "scikit-learn": importlib.metadata.version("scikit-learn"),
             "seed": args.seed,
         },
-        notes=unreadable_notes(encoded.unreadable),
+        notes=[*notes, *unreadable_notes(encoded.unreadable)],
         reconstructions={"image_id": image_id, "psnr": psnr},
         influence={"tokens": tokens, **influence},
         **details,
@@ -244,6 +250,34 @@ def inspect_tokenizer(args: InspectionArguments) -> Path:
     write_result(result, output_dir / RESULT_FILE)
     write_report(result, vae, num_tokens, output_dir)
     return output_dir / REPORT_FILE
+
+
+def load_labelled_images(args: InspectionArguments, resolution: int) -> tuple[Dataset, list[str]]:
+    """
+    The images, with class labels unless there are none in the default column.
+
+    Args:
+        args ([`InspectionArguments`]): Which images, and the column of their labels.
+        resolution (`int`): Side of the square images in pixels.
+
+    Returns:
+        `tuple`: the data set, and what the notes of the record say about its labels.
+
+    Raises:
+        ValueError: As [`softvq_hf.data.load_image_dataset`].
+    """
+    if args.label_column.lower() == "none":
+        return args.load_dataset(resolution), []
+    try:
+        return args.load_dataset(resolution, label_column=args.label_column), []
+    except ValueError as error:
+        dataset = args.load_dataset(resolution)  # what is wrong with more than the labels is an error here, too
+        if args.label_column != DEFAULT_LABEL_COLUMN:
+            raise ValueError(f"{error} For an inspection that is `--label_column none`.") from error
+        name = args.data_record()["name"]
+        note = f"No classes: {name} has no usable labels in a column 'label', or in one of a usual name."
+        logger.warning(f"{note} `--label_column` names another one.")
+        return dataset, [note]
 
 
 def encode_images(

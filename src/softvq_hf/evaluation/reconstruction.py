@@ -1,5 +1,6 @@
 """How well a tokenizer keeps images: reconstruct a data set and compare, pixel by pixel and as distributions."""
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from softvq_hf.data.latents import tokenizer_fingerprint
 from softvq_hf.evaluation.accelerator import build_accelerator
 from softvq_hf.evaluation.arguments import EvaluationArguments, EvaluationDataArguments, TokenizerArguments
 from softvq_hf.evaluation.data import image_batches, to_8_bit, unreadable_notes
@@ -26,7 +28,6 @@ from softvq_hf.metrics.psnr import PSNR
 from softvq_hf.metrics.rate import rate
 from softvq_hf.metrics.ssim import SSIM
 from softvq_hf.metrics.weights import FeatureWeightsUnavailable
-from softvq_hf.training.generator import load_tokenizer
 from softvq_hf.training.hub import read_model_card
 
 
@@ -75,8 +76,9 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
 
     Figures, `None` where they cannot be had (the notes say why):
 
-    - `psnr` (dB) and `ssim`: means over images; see [`PSNR`] and [`SSIM`]. `lpips (vgg)` or `lpips (alex)`: see
-      [`LPIPS`].
+    - `psnr` (dB) and `ssim`: means over images; see [`PSNR`] and [`SSIM`]. Where some reconstructions equal their
+      originals, `psnr` is infinite, and `psnr_of_differing_pairs` is the mean over the others. `lpips (vgg)` or
+      `lpips (alex)`: see [`LPIPS`].
     - `rfid`, `sfid`, `inception_score`, `kid`, `precision`, `recall` and their like by Inception, and `fd (name)`,
       `spatial_fd (name)` and so on by other networks, the originals being the reference; see [`DistributionMetrics`].
     - `codebook_usage` and `codebook_perplexity` ("softvq" and "vq"): see [`CodebookUsage`].
@@ -99,7 +101,7 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
 
     # 1. The tokenizer, the images and the networks that look at them
     with accelerator.main_process_first():  # which downloads
-        vae = load_tokenizer(args.model, subfolder=args.subfolder).to(accelerator.device)
+        vae = args.load_tokenizer().to(accelerator.device)
         resolution = choose_resolution(vae, args.resolution)
         if args.update_model_card:
             read_model_card(args.model, None if args.subfolder else vae)
@@ -124,31 +126,36 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
     batches = image_batches(
         accelerator, dataset, args.batch_size, num_workers=args.dataloader_num_workers, desc="reconstructions"
     )
-    for batch in batches:
-        unreadable += batch.get("unreadable", [])
-        if len(batch["indices"]) == 0:
-            continue
-        with accelerator.autocast():
-            latents, indices = encode_tokens(vae, batch["pixel_values"])
-            check_finite(latents, "latents", batch["image_id"])
-            sample = decode_tokens(vae, latents, resolution)
-        check_finite(sample, "reconstructions", batch["image_id"])
-        originals = to_8_bit(batch["pixel_values"], "round")  # as they were
-        reconstructions = to_8_bit(sample, args.rounding)
-        for metric in image_metrics.values():
-            metric.add_batch(predictions=reconstructions, references=originals)
-        for distribution in distributions:
-            distribution.add(predictions=reconstructions, references=originals, indices=batch["indices"])
-        latent_statistics.add_batch(predictions=latents)
-        if codebook is not None:
-            codebook.add_batch(predictions=indices)
+    with contextlib.closing(batches):
+        for batch in batches:
+            unreadable += batch.get("unreadable", [])
+            if len(batch["indices"]) == 0:
+                continue
+            with accelerator.autocast():
+                latents, indices = encode_tokens(vae, batch["pixel_values"])
+                check_finite(latents, "latents", batch["image_id"])
+                sample = decode_tokens(vae, latents, resolution)
+            check_finite(sample, "reconstructions", batch["image_id"])
+            originals = to_8_bit(batch["pixel_values"], "round")  # as they were
+            reconstructions = to_8_bit(sample, args.rounding)
+            for metric in image_metrics.values():
+                metric.add_batch(predictions=reconstructions, references=originals)
+            for distribution in distributions:
+                distribution.add(predictions=reconstructions, references=originals, indices=batch["indices"])
+            latent_statistics.add_batch(predictions=latents)
+            if codebook is not None:
+                codebook.add_batch(predictions=indices)
 
     # 3. The figures of all processes
     unreadable = gather_object(unreadable)
     num_images = len(dataset) - len(unreadable)
     if num_images < 2:
         raise ValueError(f"`--dataset` {args.dataset!r} has {num_images} readable image(s), allowed: 2 or more.")
-    figures = {name: metric.compute()[name] for name, metric in image_metrics.items()}
+    image_results = {name: metric.compute() for name, metric in image_metrics.items()}
+    figures = {name: result[name] for name, result in image_results.items()}
+    num_identical = image_results["psnr"]["num_identical_pairs"]
+    if num_identical > 0:
+        figures["psnr_of_differing_pairs"] = image_results["psnr"]["psnr_of_differing_pairs"]
     if args.lpips != "none":
         figures[f"lpips ({args.lpips})"] = figures.pop("lpips")
     results = [distribution.compute() for distribution in distributions]
@@ -158,6 +165,11 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
         details["codebook"] = codebook.compute()
         figures |= {name: details["codebook"][name] for name in ("codebook_usage", "codebook_perplexity")}
     notes = [*(note for result in results for note in result["notes"]), *unreadable_notes(unreadable)]
+    if num_identical > 0:
+        notes.append(
+            f"{num_identical} of {num_images} reconstructions equal their originals, which makes psnr infinite;"
+            " psnr_of_differing_pairs is the mean over the others."
+        )
     if "effective_rank_flat" not in details["latents"]:
         notes.append(f"No effective rank of whole latents: they have more than {MOST_FLAT_NUMBERS} numbers.")
 
@@ -172,6 +184,8 @@ def evaluate_reconstruction(args: ReconstructionArguments) -> dict[str, Any]:
             "name": f"{num_images} images, {ADM_CENTER_CROP} to {resolution} px, {args.precision_in_words()}",
             "num_images": num_images,
             "num_unreadable": len(unreadable),
+            "tokenizer": tokenizer_fingerprint(vae),
+            "mixed_precision": args.mixed_precision,
             "crop": ADM_CENTER_CROP,
             "resolution": resolution,
             "latents": "deterministic: the mode of a posterior",

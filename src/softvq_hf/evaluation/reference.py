@@ -29,6 +29,7 @@ from softvq_hf.evaluation.result import check_output_file, differences
 from softvq_hf.metrics.feature_sample import FeatureSample
 from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.metrics.gaussian import GaussianAccumulator, GaussianStatistics
+from softvq_hf.metrics.images import ImageRange
 
 
 ADM_CENTER_CROP = "ADM centre crop"
@@ -143,14 +144,16 @@ def build_reference(
         [`Reference`]: the same for any number of processes and size of batches.
 
     Raises:
-        ValueError: If there are fewer than two images.
+        ValueError: If there are fewer than two images, or none has a value above 1.
     """
+    image_range = ImageRange("reference")
     gaussian, spatial_gaussian = GaussianAccumulator(), GaussianAccumulator()
     sample = FeatureSample(num_features) if num_features > 0 else None
     for images, indices in batches:
         if len(images) == 0:
             continue
         found = extractor(images)
+        image_range.update(images)
         features = found.features.cpu()
         gaussian.update(features)
         if found.spatial_features is not None:
@@ -161,6 +164,7 @@ def build_reference(
     num_images = gaussian.count
     if num_images < 2:
         raise ValueError(f"The reference has {num_images} image(s), allowed: 2 or more, to have a covariance.")
+    merge_over_processes(image_range).check()
     return Reference(
         statistics=gaussian.statistics(),
         spatial_statistics=spatial_gaussian.statistics() if spatial_gaussian.count > 0 else None,
@@ -199,19 +203,25 @@ def build_dataset_reference(
     """
     with accelerator.main_process_first():
         dataset = data.load_dataset(resolution)
-    batches = image_batches(
-        accelerator, dataset, batch_size, num_workers=data.dataloader_num_workers, desc=f"reference, {extractor.label}"
-    )
     unreadable = []
 
-    def images() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def images(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch in batches:
             unreadable.extend(batch.get("unreadable", []))
             yield to_8_bit(batch["pixel_values"], "round"), batch["indices"]
 
-    reference = build_reference(
-        images(), extractor, resolution=resolution, dataset=data.data_record(), num_features=num_features
-    )
+    with contextlib.closing(
+        image_batches(
+            accelerator,
+            dataset,
+            batch_size,
+            num_workers=data.dataloader_num_workers,
+            desc=f"reference, {extractor.label}",
+        )
+    ) as batches:
+        reference = build_reference(
+            images(batches), extractor, resolution=resolution, dataset=data.data_record(), num_features=num_features
+        )
     unreadable = gather_object(unreadable)
     reference.protocol["num_unreadable"] = len(unreadable)
     reference.notes += [f"Reference: {note}" for note in unreadable_notes(unreadable)]

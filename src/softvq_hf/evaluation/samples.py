@@ -118,10 +118,10 @@ def generate_samples(
     as well). Images are divided into shards of fixed size, whatever the number of processes; processes take turns at
     the shards that are missing, and no batch crosses the border of a shard. A shard appears when it is finished, so an
     interrupted run goes on by the same calls, with as many processes as you like, and loses at most one unfinished
-    shard for each process. Shards that are there are read once: one that does not agree with its checksum is made
-    again, with a warning. The images are bit-equal then, and for every number of processes. Another `batch_size`,
-    another device or another version of torch may round a number differently inside of the networks, and then a few
-    pixel values by one grey level.
+    shard for each process, whose file is deleted then. Shards that are there are read once: one that does not agree
+    with its checksum is made again, with a warning. The images are bit-equal then, and for every number of processes.
+    Another `batch_size`, another device or another version of torch may round a number differently inside of the
+    networks, and then a few pixel values by one grey level.
 
     Args:
         pipeline ([`SoftVQPipeline`]): That of the plan; it is moved to the device of `accelerator`.
@@ -139,8 +139,9 @@ def generate_samples(
     # everyone has seen the same state of the folder
     missing = sorted(gather_object([shard for shard in checked if not samples.is_whole(shard)]))
     if accelerator.is_main_process:
+        samples.remove_unfinished()
         write_atomically(samples.output_dir / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
-    accelerator.wait_for_everyone()  # no shard without it
+    accelerator.wait_for_everyone()  # no shard is begun before
     logger.info(
         f"{samples.num_images} images in {samples.num_shards} shards, {samples.num_shards - len(missing)} of them are"
         " there already"
@@ -149,35 +150,34 @@ def generate_samples(
     own_shards = missing[accelerator.process_index :: accelerator.num_processes]
     pipeline.to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    progress = tqdm(
+    with tqdm(
         total=sum(len(samples.indices(shard)) for shard in own_shards),
         desc=f"samples (process 1 of {accelerator.num_processes})",
         unit="image",
         disable=not accelerator.is_main_process,
-    )
-    for shard in own_shards:
-        indices = samples.indices(shard)
-        shard_images = np.empty((len(indices), plan["height"], plan["width"], 3), np.uint8)
-        for first in range(0, len(indices), batch_size):
-            batch = indices[first : first + batch_size]
-            with accelerator.autocast():
-                latents = pipeline(
-                    samples.class_labels[batch],
-                    guidance_scale=plan["guidance_scale"],
-                    guidance_interval=tuple(plan["guidance_interval"]),
-                    num_inference_steps=plan["num_inference_steps"],
-                    generator=[image_generator(plan["seed"], index) for index in batch],
-                    output_type="latent",
-                ).images
-            check_finite(latents, batch, samples)
-            with torch.no_grad():
-                pixel_values = pipeline.decode_latents(latents)
-            check_finite(pixel_values, batch, samples)
-            images = to_8_bit(pixel_values, plan["rounding"])
-            shard_images[first : first + len(batch)] = images.permute(0, 2, 3, 1).cpu().numpy()
-            progress.update(len(batch))
-        samples.write(shard, shard_images)
-    progress.close()
+    ) as progress:
+        for shard in own_shards:
+            indices = samples.indices(shard)
+            shard_images = np.empty((len(indices), plan["height"], plan["width"], 3), np.uint8)
+            for first in range(0, len(indices), batch_size):
+                batch = indices[first : first + batch_size]
+                with accelerator.autocast():
+                    latents = pipeline(
+                        samples.class_labels[batch],
+                        guidance_scale=plan["guidance_scale"],
+                        guidance_interval=tuple(plan["guidance_interval"]),
+                        num_inference_steps=plan["num_inference_steps"],
+                        generator=[image_generator(plan["seed"], index) for index in batch],
+                        output_type="latent",
+                    ).images
+                check_finite(latents, batch, samples)
+                with torch.no_grad():
+                    pixel_values = pipeline.decode_latents(latents)
+                check_finite(pixel_values, batch, samples)
+                images = to_8_bit(pixel_values, plan["rounding"])
+                shard_images[first : first + len(batch)] = images.permute(0, 2, 3, 1).cpu().numpy()
+                progress.update(len(batch))
+            samples.write(shard, shard_images)
     accelerator.wait_for_everyone()
 
 
@@ -332,6 +332,12 @@ class SampleFolder:
             np.save(file, images)
         path.with_suffix(".sha256").write_bytes(_checksum_line(unfinished, path.name))
         os.replace(unfinished, path)
+
+    def remove_unfinished(self) -> None:
+        """Delete what killed runs have begun to write. No process may be writing."""
+        for folder in (self.output_dir, self.output_dir / "images"):
+            for path in folder.glob("*.unfinished"):
+                path.unlink()
 
     def is_whole(self, shard: int) -> bool:
         """

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from softvq_hf.metrics.batches import not_finite
 from softvq_hf.metrics.codebook_usage import CodebookUsage
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
-from softvq_hf.training.generator import get_image_size
+from softvq_hf.training.generator import get_image_size, get_latent_shape
 
 
 def choose_resolution(vae: AutoencoderSoftVQ | AutoencoderKL, resolution: int | None) -> int:
@@ -20,9 +20,17 @@ def choose_resolution(vae: AutoencoderSoftVQ | AutoencoderKL, resolution: int | 
         resolution (`int`, *optional*): The side in pixels, if the user has chosen one; else that of the configuration.
 
     Raises:
-        ValueError: If the tokenizer is made for images that are not square, and there is no `resolution`.
+        ValueError: If the tokenizer does not take images of `resolution`, or there is none and the tokenizer is made
+            for images that are not square.
     """
     if resolution is not None:
+        if isinstance(vae, AutoencoderKL):
+            try:
+                get_latent_shape(vae, resolution)
+            except ValueError as error:
+                raise ValueError(f"`--resolution` does not fit the tokenizer: {error}") from error
+        elif not vae._allows_sample_size((resolution, resolution)):
+            raise ValueError(f"`--resolution` is {resolution}, allowed: {vae._allowed_sample_sizes()}.")
         return resolution
     height, width = get_image_size(vae)
     if height != width:

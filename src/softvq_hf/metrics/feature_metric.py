@@ -11,8 +11,8 @@ from accelerate import PartialState
 from softvq_hf.metrics.batches import check_batch, not_finite
 from softvq_hf.metrics.feature_sample import FeatureSample
 from softvq_hf.metrics.features import FeatureExtractor, load_feature_extractor
-from softvq_hf.metrics.images import ImageRange, check_images
-from softvq_hf.metrics.streaming import StreamingMetric
+from softvq_hf.metrics.images import ImageRange, ImageSize, check_images
+from softvq_hf.metrics.streaming import RESET, StreamingMetric
 
 
 # What the metrics of two sets of features take, as `evaluate` describes it
@@ -85,7 +85,8 @@ class FeatureMetric(StreamingMetric, ABC):
     Args:
         feature_extractor ([`FeatureExtractor`] or `str`, *optional*):
             Network whose features are compared, or its name for [`load_feature_extractor`]; `predictions` and
-            `references` are images then, as in [`check_images`]. Without it they are features already.
+            `references` are images then, as in [`check_images`], and all of one size. Without it they are features
+            already.
         kwargs: As in [`StreamingMetric`].
 
     Raises:
@@ -128,6 +129,7 @@ class FeatureMetric(StreamingMetric, ABC):
         accumulators = {side: self.new_accumulator() for side in ("predictions", "references")}
         if self.feature_extractor is not None:
             accumulators |= {f"{side}_range": ImageRange(side) for side in ("predictions", "references")}
+            accumulators["size"] = ImageSize()
         return accumulators
 
     def update(self, predictions: Any, references: Any, indices: Any = None) -> None:
@@ -136,9 +138,13 @@ class FeatureMetric(StreamingMetric, ABC):
         if not samples:
             raise ValueError("`predictions` and `references` are None, allowed: at least one of them.")
         features, ranges, num_features = {}, {}, self.num_features()
+        size = ImageSize()
+        if self.feature_extractor is not None:
+            size.merge(self.accumulators["size"])
         for side, batch in samples.items():
             if self.feature_extractor is not None:
                 images = check_images(batch, side)
+                size.update(images, side)
                 ranges[side] = ImageRange(side)
                 ranges[side].update(images)
                 batch = self.extract(images)
@@ -147,6 +153,7 @@ class FeatureMetric(StreamingMetric, ABC):
         self.accumulate(features, indices)
         for side, image_range in ranges.items():
             self.accumulators[f"{side}_range"].merge(image_range)
+            self.accumulators["size"].merge(size)
 
     def extract(self, images: torch.Tensor) -> torch.Tensor:
         """
@@ -164,8 +171,8 @@ class FeatureMetric(StreamingMetric, ABC):
 
     def result(self, accumulators: dict[str, Any]) -> dict[str, Any]:
         if self.feature_extractor is not None:
-            accumulators["predictions_range"].check()
-            accumulators["references_range"].check()
+            accumulators["predictions_range"].check(RESET)
+            accumulators["references_range"].check(RESET)
         return self.measure(accumulators)
 
 

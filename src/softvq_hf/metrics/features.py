@@ -207,7 +207,7 @@ class TransformersFeatureExtractor(FeatureExtractor):
 
     Raises:
         FeatureWeightsUnavailable: If there is no such model with safetensors, or it cannot be downloaded.
-        ValueError: If weights are missing, or the model gives no features.
+        ValueError: If it is no model of transformers, weights are missing, or the model gives no features.
     """
 
     def __init__(
@@ -238,6 +238,11 @@ class TransformersFeatureExtractor(FeatureExtractor):
                 f"The feature extractor {name!r} could not be loaded ({error}). Allowed: 'inception', 'dinov2', a "
                 "folder with config.json, preprocessor_config.json and model.safetensors, or a Hub id that can be "
                 f"downloaded or is in the cache, {HF_HUB_CACHE} (`hf download` on a machine with network fills it)."
+            ) from error
+        except ValueError as error:  # a folder of something else
+            raise ValueError(
+                f"The feature extractor {name!r} could not be loaded ({error}). Allowed: 'inception', 'dinov2', a "
+                "folder or a Hub id of a vision model of transformers without code of its own."
             ) from error
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(

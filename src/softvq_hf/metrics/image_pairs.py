@@ -7,7 +7,7 @@ import datasets
 import torch
 
 from softvq_hf.metrics.images import ImageRange, check_images, check_rounding
-from softvq_hf.metrics.streaming import Accumulator, StreamingMetric
+from softvq_hf.metrics.streaming import RESET, Accumulator, StreamingMetric
 
 
 # What `evaluate` tells of the inputs. Images are taken as they come, not encoded.
@@ -93,6 +93,10 @@ class ImagePairMetric(StreamingMetric):
             "references": ImageRange("references"),
         }
 
+    def accumulate(self, values: torch.Tensor) -> None:
+        """Take in the numbers `(B,)` of [`~ImagePairMetric.measure`]."""
+        self.accumulators["mean"].update(values)
+
     def update(self, predictions: Any, references: Any) -> None:
         predictions = check_images(predictions, "predictions", self.rounding)
         references = check_images(references, "references", self.rounding)
@@ -102,11 +106,11 @@ class ImagePairMetric(StreamingMetric):
                 f"{tuple(references.shape)}."
             )
         values = self.measure(predictions, references.to(predictions.device))
-        self.accumulators["mean"].update(values)
+        self.accumulate(values)
         self.accumulators["predictions"].update(predictions)
         self.accumulators["references"].update(references)
 
     def result(self, accumulators: dict[str, Accumulator]) -> dict[str, Any]:
-        accumulators["predictions"].check()
-        accumulators["references"].check()
+        accumulators["predictions"].check(RESET)
+        accumulators["references"].check(RESET)
         return {self.key: accumulators["mean"].mean(), "num_images": accumulators["mean"].count}

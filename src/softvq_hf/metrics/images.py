@@ -139,16 +139,53 @@ class ImageRange:
         self.num_images += other.num_images
         self.brightest = max(self.brightest, other.brightest)
 
-    def check(self) -> None:
+    def check(self, remedy: str = "") -> None:
         """
+        Args:
+            remedy (`str`, *optional*): What else the error tells to do.
+
         Raises:
             ValueError: If there were two images or more, and none has a value above 1.
         """
         if self.num_images > 1 and self.brightest <= 1:
             raise ValueError(
                 f"`{self.argument}` holds no value above {self.brightest} in any of {self.num_images} 8-bit images, "
-                "allowed: [0, 255]. Images in [0, 1] are passed as floating point, without a cast to uint8."
+                f"allowed: [0, 255]. Images in [0, 1] are passed as floating point, without a cast to uint8.{remedy}"
             )
+
+
+class ImageSize:
+    """
+    The size of images, streamed: one for all of them, since features of images depend on it.
+
+    Attributes:
+        size (`tuple[int, int]`, *optional*): Height and width in pixels, `None` before the first images.
+    """
+
+    def __init__(self) -> None:
+        self.size: tuple[int, int] | None = None
+
+    def update(self, images: torch.Tensor, argument: str) -> None:
+        """
+        Take in images of shape `(B, 3, H, W)`.
+
+        Raises:
+            ValueError: If the others had another size. It names `argument`.
+        """
+        self._take(tuple(images.shape[-2:]), f"`{argument}`")
+
+    def merge(self, other: "ImageSize") -> None:
+        """Take in what another one has seen, likewise."""
+        if other.size is not None:
+            self._take(other.size, "Another process")
+
+    def _take(self, size: tuple[int, int], who: str) -> None:
+        if self.size not in (None, size):
+            raise ValueError(
+                f"{who} has images of {size[0]} x {size[1]} pixels (height x width), allowed as with the others: "
+                f"{self.size[0]} x {self.size[1]}. Crop them first."
+            )
+        self.size = size
 
 
 def _image_to_tensor(image: Any, argument: str) -> torch.Tensor:

@@ -1,13 +1,13 @@
 """How much a tokenizer compresses: tokens, numbers and bits of an image, from its configuration alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import evaluate
 
-from softvq_hf.metrics.batches import check_batch
+from softvq_hf.metrics.batches import check_batch, not_finite
 from softvq_hf.metrics.streaming import StreamingMetric
 
 
@@ -41,14 +41,16 @@ class Rate(StreamingMetric):
     The rate of a tokenizer ([`rate`]) as a metric, which makes sure that the latents are those of its configuration.
 
     Args:
-        config (`Mapping`), image_size (`tuple[int, int]`, *optional*): As in [`rate`].
+        config (`Mapping`), image_size (`int` or `tuple[int, int]`, *optional*): As in [`rate`].
         kwargs: As in [`StreamingMetric`].
 
     Raises:
-        ValueError: As [`rate`].
+        ValueError: As [`rate`]; on adding, if latents are of another shape than by `config`, or not finite.
     """
 
-    def __init__(self, config: Mapping[str, Any], image_size: tuple[int, int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], image_size: int | tuple[int, int] | None = None, **kwargs: Any
+    ) -> None:
         self.rate = rate(config, image_size)
         self.latent_shape = (self.rate["tokens_per_image"], config["latent_channels"])
         super().__init__(**kwargs)
@@ -73,6 +75,9 @@ class Rate(StreamingMetric):
                 f"`predictions` has latents of shape {tuple(latents.shape[1:])}, allowed with this `config`:"
                 f" {self.latent_shape}."
             )
+        broken = not_finite(latents)
+        if broken:
+            raise ValueError(f"`predictions` holds NaN or infinite numbers, in the latents {broken} of the batch.")
         self.accumulators["predictions"].num_images += len(latents)
 
     def result(self, accumulators: dict[str, ImageCount]) -> dict[str, float | None]:
@@ -82,7 +87,7 @@ class Rate(StreamingMetric):
         return {**self.rate, "num_images": num_images}
 
 
-def rate(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> dict[str, float | None]:
+def rate(config: Mapping[str, Any], image_size: int | tuple[int, int] | None = None) -> dict[str, float | None]:
     """
     Size of the latents of one image.
 
@@ -97,8 +102,9 @@ def rate(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -
 
     Args:
         config (`Mapping`): `config` of an [`AutoencoderSoftVQ`] or of an [`~diffusers.AutoencoderKL`].
-        image_size (`tuple[int, int]`, *optional*): Height and width of the images in pixels, by default
-            `sample_size` of `config`. The number of latents of an `AutoencoderKL` depends on it.
+        image_size (`int` or `tuple[int, int]`, *optional*): Height and width of the images in pixels, or the side of
+            squares, from 1 on; by default `sample_size` of `config`. The number of latents of an `AutoencoderKL`
+            depends on it.
 
     Returns:
         `dict`: `tokens_per_image`, L, or the positions of 2-D latents; `floats_per_image`, the continuous numbers, L
@@ -108,18 +114,41 @@ def rate(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -
         over that of the latents.
 
     Raises:
-        ValueError: If `config` is of another model, or an `AutoencoderKL` does not divide the image.
+        ValueError: If `config` is no mapping, of another model, or lacks something (which is named), `image_size` is
+            no size, or an `AutoencoderKL` does not divide the image.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"`config` is of type {type(config).__name__}, allowed: a mapping, the `config` of an AutoencoderSoftVQ or"
+            " an AutoencoderKL."
+        )
     if "in_channels" not in config or "latent_channels" not in config:
         raise ValueError(
             f"`config` is that of {config.get('_class_name', 'an unknown model')}, allowed: AutoencoderSoftVQ and"
             " AutoencoderKL."
         )
-    source = "`image_size`"
+    needed = [] if "num_latent_tokens" in config else ["block_out_channels"]
+    if config.get("quantizer") == "vq":
+        needed.append("codebook_size")
     if image_size is None:
-        source, sample_size = "`sample_size` of `config`", config["sample_size"]
-        image_size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-    height, width = image_size
+        needed.append("sample_size")
+    missing = [name for name in needed if name not in config]
+    if missing:
+        raise ValueError(
+            f"`config` lacks {' and '.join(missing)}, allowed: the `config` of an AutoencoderSoftVQ or an"
+            " AutoencoderKL. `image_size` stands in for sample_size."
+        )
+    source, size = "`image_size`", image_size
+    if size is None:
+        source, size = "`sample_size` of `config`", config["sample_size"]
+    sides = (size, size) if isinstance(size, int) else size
+    if (
+        not isinstance(sides, Sequence)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side >= 1 for side in sides)
+    ):
+        raise ValueError(f"{source} is {size!r}, allowed: one integer or two, height and width, from 1 on.")
+    height, width = sides
     if "num_latent_tokens" in config:
         tokens = config["num_latent_tokens"]
     else:  # 2-D latents

@@ -1,6 +1,7 @@
 """What all metrics of this package share: `evaluate` modules that reduce every batch at once, instead of writing it to
 a file until the end, and that work over several processes."""
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
@@ -9,6 +10,10 @@ import evaluate
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+
+# What an error of images that were added before ends with.
+RESET = " `reset()` forgets those of earlier batches."
 
 
 class Accumulator(Protocol):
@@ -55,7 +60,7 @@ class StreamingMetric(evaluate.Metric, ABC):
                 f"`num_process` is {kwargs['num_process']}, allowed: 1. Under accelerate processes find each other."
             )
         super().__init__(**kwargs)
-        self.accumulators = self.new_accumulators()
+        self.reset()
 
     @abstractmethod
     def new_accumulators(self) -> dict[str, Accumulator]:
@@ -68,6 +73,10 @@ class StreamingMetric(evaluate.Metric, ABC):
     @abstractmethod
     def result(self, accumulators: dict[str, Accumulator]) -> dict[str, Any]:
         """The metric by name, from the accumulators of all processes together."""
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        self.accumulators = self.new_accumulators()
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one sample; the arguments are those of [`~StreamingMetric.add_batch`], without their batch dimension."""
@@ -96,23 +105,35 @@ class StreamingMetric(evaluate.Metric, ABC):
         The metric of all that was added, on all processes. What was added is forgotten, as in `evaluate`.
 
         Args:
-            predictions, references, kwargs: A last batch, as in [`~StreamingMetric.add_batch`]; optional.
+            predictions, references, kwargs: A last batch, as in [`~StreamingMetric.add_batch`]; optional. What was
+                added before it is copied, to go back to.
 
         Returns:
             `dict`: figures by name.
 
         Raises:
-            ValueError: If there are too few samples, or they have no such metric. Nothing is forgotten then.
+            ValueError: If there are too few samples, or they have no such metric. The last batch is taken back then;
+                what was added before it stays, until [`~StreamingMetric.reset`].
         """
+        earlier = self.accumulators
         if predictions is not None or references is not None:
+            earlier = copy.deepcopy(earlier)
             self.add_batch(predictions=predictions, references=references, **kwargs)
-        accumulators = self.accumulators
-        # without `cpu` accelerate takes each of several CPU processes for the only one
-        if PartialState(cpu=not torch.accelerator.is_available()).num_processes > 1:
-            accumulators = self.new_accumulators()
-            for state in gather_object([self.accumulators]):
-                for name, accumulator in accumulators.items():
-                    accumulator.merge(state[name])
-        result = self.result(accumulators)
-        self.accumulators = self.new_accumulators()
+        try:
+            result = self.result(self._merge_processes())
+        except ValueError:
+            self.accumulators = earlier
+            raise
+        self.reset()
         return result
+
+    def _merge_processes(self) -> dict[str, Accumulator]:
+        """The accumulators of all processes together."""
+        # without `cpu` accelerate takes each of several CPU processes for the only one
+        if PartialState(cpu=not torch.accelerator.is_available()).num_processes == 1:
+            return self.accumulators
+        accumulators = self.new_accumulators()
+        for state in gather_object([self.accumulators]):
+            for name, accumulator in accumulators.items():
+                accumulator.merge(state[name])
+        return accumulators

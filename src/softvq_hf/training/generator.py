@@ -1,5 +1,6 @@
 """What training a generator, finding its path and converting it share: a tokenizer's latents, and the DDPM chain."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,18 @@ def load_tokenizer(name_or_path: str, **hub_options: Any) -> AutoencoderSoftVQ |
         [`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]: in eval mode.
 
     Raises:
-        ValueError: If it is another model, or its weights cannot be read or do not fit its config.
+        ValueError: If it is another model, its weights cannot be read or do not fit its config, or there is none in
+            `subfolder` of a folder.
         OSError: If there is none.
     """
+    subfolder = hub_options.get("subfolder")
+    # diffusers would take the config.json of the folder itself
+    if subfolder is not None and Path(name_or_path).is_dir():
+        if not Path(name_or_path, subfolder, "config.json").is_file():
+            raise ValueError(
+                f"`--subfolder` is {subfolder!r}, allowed: a folder inside of {name_or_path!r} with the config.json of"
+                " a tokenizer, such as 'vae' in a pipeline."
+            )
     class_name = AutoencoderSoftVQ.load_config(name_or_path, **hub_options).get("_class_name")
     classes = {"AutoencoderSoftVQ": AutoencoderSoftVQ, "AutoencoderKL": AutoencoderKL}
     if class_name not in classes:

@@ -252,13 +252,18 @@ class CardFacts(TypedDict, total=False):
     license: str | None
 
 
-def tokenizer_card(tokenizer: ModelMixin, *, repo_id: str, **facts: Unpack[CardFacts]) -> ModelCard:
+def tokenizer_card(
+    tokenizer: ModelMixin, *, repo_id: str, has_source: bool = True, **facts: Unpack[CardFacts]
+) -> ModelCard:
     """
     The model card of a tokenizer, as [`export_model`] writes it.
 
     Args:
         tokenizer ([`AutoencoderSoftVQ`]): The tokenizer.
         repo_id (`str`): Hub repository or folder that the card's code example loads.
+        has_source (`bool`, *optional*, defaults to `True`):
+            Whether the repository carries the source of the model, as exports do. Without, the example needs this
+            package.
         facts: Data, metrics and training, see [`CardFacts`].
 
     Returns:
@@ -275,6 +280,7 @@ def tokenizer_card(tokenizer: ModelMixin, *, repo_id: str, **facts: Unpack[CardF
         tags=["softvq-hf", "image-tokenizer", "autoencoder", config.quantizer],
         task_type="image-reconstruction",
         repo_id=repo_id,
+        has_source=has_source,
         facts=facts,
         model_config=_public_config(tokenizer),
         system=_tokenizer_system(tokenizer),
@@ -296,6 +302,7 @@ def generator_card(
     tokenizer: str | None = None,
     scheduler: SchedulerMixin | None = None,
     subfolder: str | None = None,
+    has_source: bool = True,
     **facts: Unpack[CardFacts],
 ) -> ModelCard:
     """
@@ -309,6 +316,7 @@ def generator_card(
             The scheduler of its samples, which tells the objective. Without one a transformer with variance channels,
             or with a `timestep_scale` of 1, counts as trained by DDPM, the others by flow matching.
         subfolder (`str`, *optional*): Folder of the transformer inside the repository.
+        has_source (`bool`, *optional*, defaults to `True`): As in [`tokenizer_card`].
         facts: Data, metrics and training, see [`CardFacts`].
 
     Returns:
@@ -331,6 +339,7 @@ def generator_card(
         tags=["softvq-hf", "class-conditional-image-generation", "dit" if is_ddpm else "sit"],
         task_type="class-conditional-image-generation",
         repo_id=repo_id,
+        has_source=has_source,
         facts=facts,
         model_config=_public_config(transformer),
         tokenizer=tokenizer,
@@ -349,13 +358,16 @@ def generator_card(
     )
 
 
-def pipeline_card(pipeline: DiffusionPipeline, *, repo_id: str, **facts: Unpack[CardFacts]) -> ModelCard:
+def pipeline_card(
+    pipeline: DiffusionPipeline, *, repo_id: str, has_source: bool = True, **facts: Unpack[CardFacts]
+) -> ModelCard:
     """
     The model card of a generator with its tokenizer, as [`export_pipeline`] writes it.
 
     Args:
         pipeline ([`SoftVQPipeline`]): The pipeline.
         repo_id (`str`): Hub repository or folder that the card's code example loads.
+        has_source (`bool`, *optional*, defaults to `True`): As in [`tokenizer_card`].
         facts: Data, metrics and training, see [`CardFacts`].
 
     Returns:
@@ -373,6 +385,7 @@ def pipeline_card(pipeline: DiffusionPipeline, *, repo_id: str, **facts: Unpack[
         tags=["softvq-hf", "class-conditional-image-generation", "dit" if is_ddpm else "sit"],
         task_type="class-conditional-image-generation",
         repo_id=repo_id,
+        has_source=has_source,
         facts=facts,
         model_config={name: _public_config(component) for name, component in pipeline.components.items()},
         system=_tokenizer_system(vae),
@@ -397,7 +410,8 @@ def read_model_card(folder: str | Path, model: ModelMixin | DiffusionPipeline | 
         model ([`~diffusers.ModelMixin`] or [`~diffusers.DiffusionPipeline`], *optional*): What the new card tells of.
 
     Returns:
-        `ModelCard`: its `README.md`, or the card that [`export_model`] or [`export_pipeline`] would write.
+        `ModelCard`: its `README.md`, or the card that [`export_model`] or [`export_pipeline`] would write; for a
+        folder without the source of the model, as `save_pretrained` leaves it, with an example that needs none.
 
     Raises:
         ValueError: If `folder` is not a folder, or has no `README.md` and the model no card of its own, or has a
@@ -416,7 +430,7 @@ def read_model_card(folder: str | Path, model: ModelMixin | DiffusionPipeline | 
             ) from error
     if model is None or _is_of_diffusers(model):
         raise ValueError(f"`folder` is {str(folder)!r}, which has no README.md. Write one first.")
-    return _default_card(model, repo_id=str(folder))
+    return _default_card(model, repo_id=str(folder), has_source=_carries_source(folder))
 
 
 def update_model_index(
@@ -475,6 +489,7 @@ def _model_card(
     tags: list[str],
     task_type: str,
     repo_id: str,
+    has_source: bool,
     facts: CardFacts,
     model_config: Mapping[str, Any],
     **template_values: Any,
@@ -548,6 +563,7 @@ def _model_card(
         template_path=str(CARD_TEMPLATE),
         kind=kind,
         repo_id=repo_id,
+        has_source=has_source,
         dataset_name=dataset_name,
         dataset_is_on_hub=_is_hub_id(dataset_name),
         evaluation_dataset=evaluation_dataset,
@@ -565,13 +581,27 @@ def _model_card(
     )
 
 
-def _default_card(model: ModelMixin | DiffusionPipeline, repo_id: str) -> ModelCard:
+def _default_card(model: ModelMixin | DiffusionPipeline, repo_id: str, has_source: bool = True) -> ModelCard:
     """The card that tells nothing but the model itself."""
     if isinstance(model, DiffusionPipeline):
-        return pipeline_card(model, repo_id=repo_id)
+        return pipeline_card(model, repo_id=repo_id, has_source=has_source)
     if _is_of_diffusers(model):
         raise ValueError(f"`model_card` is None, allowed for a {type(model).__name__} of diffusers: a `ModelCard`.")
-    return (generator_card if "num_classes" in model.config else tokenizer_card)(model, repo_id=repo_id)
+    card = generator_card if "num_classes" in model.config else tokenizer_card
+    return card(model, repo_id=repo_id, has_source=has_source)
+
+
+def _carries_source(folder: Path) -> bool:
+    """Whether plain diffusers finds the class of a model or a pipeline in its folder."""
+    module = None
+    if (folder / "model_index.json").is_file():
+        class_name = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+        if isinstance(class_name, list):
+            module = class_name[0]
+    elif (folder / "config.json").is_file():
+        class_name = json.loads((folder / "config.json").read_text()).get("auto_map", {}).get("AutoModel", "")
+        module = class_name.split(".")[0]
+    return (folder / f"{module}.py").is_file()
 
 
 def _is_of_diffusers(part: Any) -> bool:
