@@ -648,3 +648,61 @@ def test_hidden_states_of_a_layer(gradient_checkpointing):
     assert len(model(**inputs, hidden_states_layer=2, return_dict=False)) == 2
     with pytest.raises(ValueError, match="`hidden_states_layer` is 4, allowed: 1 to 3"):
         model(**inputs, hidden_states_layer=4)
+
+
+# Modulation computed apart
+
+
+@pytest.mark.parametrize("config", [{"num_tokens": 10, "in_channels": 6}, {"patch_size": 2, "sample_size": 4}])
+def test_modulation_takes_the_place_of_times_and_classes(config):
+    model = DiTTransformer1DModel(
+        **{"in_channels": 4, **config}, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=4
+    ).eval()
+    shape = (4, 4, 4) if model.is_2d else (10, 6)
+    hidden_states, times, classes = torch.randn(3, *shape), torch.tensor([0.0, 400.0, 1000.0]), torch.tensor([4, 0, 3])
+    with torch.no_grad():
+        modulation = model.compute_modulation(times, classes)
+        expected = model(hidden_states, times, classes).sample
+        result = model(hidden_states, times, classes, modulation=modulation).sample
+        swapped = model(hidden_states, times, classes, modulation=modulation.flip(0)).sample
+    assert modulation.shape == (3, 6 * 2 + 2, 16)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(swapped, expected, atol=1e-3)
+
+
+def test_no_label_is_dropped_from_a_modulation():
+    config = {"num_tokens": 4, "in_channels": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    model = DiTTransformer1DModel(**config, num_classes=4, class_dropout_prob=1.0).train()
+    times, classes = torch.tensor([500.0, 500.0]), torch.tensor([0, 3])
+    expected = model.eval().compute_modulation(times, classes)
+    assert torch.equal(model.train().compute_modulation(times, classes), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"modulation": torch.zeros(2, 7, 16)},
+            r"`modulation` must have the shape \(2, 8, 16\), but has \(2, 7, 16\)",
+        ),
+        (
+            {"modulation": torch.zeros(2, 8, 16), "force_drop_ids": torch.tensor([0, 1])},
+            "`force_drop_ids` must be None",
+        ),
+    ],
+)
+def test_modulations_that_do_not_fit(arguments, message):
+    config = {"num_tokens": 4, "in_channels": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    model = DiTTransformer1DModel(**config)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(2, 4, 2), 500, torch.tensor([0, 1]), **arguments)
+
+
+def test_modulation_of_labels_out_of_range():
+    model = DiTTransformer1DModel(
+        num_tokens=4, in_channels=2, num_layers=1, num_attention_heads=2, attention_head_dim=8
+    )
+    with pytest.raises(ValueError, match="`class_labels` must lie in 0..1000"):
+        model.compute_modulation(torch.tensor([500.0]), torch.tensor([1001]))
+    with pytest.raises(ValueError, match=r"`timestep` must be a scalar or have the shape \(batch_size,\) = \(1,\)"):
+        model.compute_modulation(torch.tensor([500.0, 400.0]), torch.tensor([1]))

@@ -23,6 +23,7 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 
@@ -112,8 +113,8 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
 
 class DiTTransformerBlock(nn.Module):
     """
-    One adaLN-Zero block (DiT, section 3.2): attention, then a tanh-GELU MLP, each shifted, scaled and gated by the
-    conditioning vector.
+    One adaLN-Zero block (DiT, section 3.2): attention, then a tanh-GELU MLP, each shifted, scaled and gated by
+    functions of the conditioning vector.
 
     Args:
         dim (`int`): Width of the tokens and of the conditioning vector.
@@ -140,15 +141,20 @@ class DiTTransformerBlock(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        conditioning: torch.Tensor,
+        conditioning: torch.Tensor | None,
         attention_kwargs: dict[str, Any] | None = None,
+        modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        norm_hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=conditioning)
-        attn_output = self.attn(norm_hidden_states, **(attention_kwargs or {}))
-        hidden_states = hidden_states + gate_msa[:, None] * attn_output
+        if modulation is None:
+            modulation = self.norm1.linear(self.norm1.silu(conditioning)).unflatten(-1, (6, -1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[:, :, None].unbind(1)
 
-        norm_hidden_states = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        hidden_states = hidden_states + gate_mlp[:, None] * self.ff(norm_hidden_states)
+        norm_hidden_states = self.norm1.norm(hidden_states) * (1 + scale_msa) + shift_msa
+        attn_output = self.attn(norm_hidden_states, **(attention_kwargs or {}))
+        hidden_states = hidden_states + gate_msa * attn_output
+
+        norm_hidden_states = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
+        hidden_states = hidden_states + gate_mlp * self.ff(norm_hidden_states)
         return hidden_states
 
 
@@ -270,6 +276,7 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             )
 
         self.out_channels = out_channels
+        self.inner_dim = hidden_size
         self.gradient_checkpointing = False
 
         # 1. Tokens and their positions
@@ -331,6 +338,8 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor,
         force_drop_ids: torch.Tensor | None,
+        modulation: torch.Tensor | None,
+        hidden_states_layer: int | None,
     ) -> None:
         """Raise a `ValueError` or `TypeError` which says what [`~DiTTransformer1DModel.forward`] accepts."""
         if self.is_2d:
@@ -351,7 +360,30 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 f"`hidden_states` must be of the model's dtype {self.pos_embed.dtype}, but is {hidden_states.dtype}."
             )
 
+        if hidden_states_layer is not None and not 1 <= hidden_states_layer <= self.config.num_layers:
+            raise ValueError(
+                f"`hidden_states_layer` is {hidden_states_layer}, allowed: 1 to {self.config.num_layers}, or None."
+            )
+
         batch_size = hidden_states.shape[0]
+        self.check_conditions(batch_size, timestep, class_labels, force_drop_ids)
+        if modulation is not None:
+            expected_shape = (batch_size, 6 * self.config.num_layers + 2, self.inner_dim)
+            if tuple(modulation.shape) != expected_shape:
+                raise ValueError(
+                    f"`modulation` must have the shape {expected_shape}, but has {tuple(modulation.shape)}."
+                )
+            if force_drop_ids is not None:
+                raise ValueError("`force_drop_ids` must be None where `modulation` decides which classes count.")
+
+    def check_conditions(
+        self,
+        batch_size: int,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor,
+        force_drop_ids: torch.Tensor | None,
+    ) -> None:
+        """Raise a `ValueError` or `TypeError` for timesteps and labels that do not fit the model or the batch."""
         if torch.is_tensor(timestep) and timestep.ndim != 0 and tuple(timestep.shape) != (batch_size,):
             raise ValueError(
                 f"`timestep` must be a scalar or have the shape (batch_size,) = ({batch_size},), but has "
@@ -392,6 +424,47 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                     "`force_drop_ids` needs a null class, which this model lacks, because `class_dropout_prob` is 0."
                 )
 
+    def embed_conditions(
+        self, timestep: torch.Tensor | float | int, class_labels: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The conditioning vectors `(batch_size, hidden size)` of timesteps and classes, as `forward` takes them."""
+        if not torch.is_tensor(timestep):
+            timestep = torch.full((), timestep, dtype=torch.float32, device=class_labels.device)
+        timestep = timestep.to(device=class_labels.device, dtype=torch.float32).expand(len(class_labels))
+        # 1000 * sigma / 1000 mostly gives sigma back to the last bit; 1000 * sigma * 1e-3 does not.
+        time = timestep / (1 / self.config.timestep_scale)
+        time_features = self.time_proj(time).to(dtype)
+        return self.timestep_embedder(time_features) + self.class_embedder(class_labels)
+
+    @apply_forward_hook
+    def compute_modulation(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        r"""
+        Compute what the conditioning does to the tokens: the shifts, scales and gates of all blocks and of the output.
+
+        They depend on the time and the class only, and a third of the weights serves nothing else. Where samples share
+        them, or all steps of a sampler are known, they are computed once for each pair of time and class, and rows of
+        the result are given to `forward` as `modulation`. There must be no hooks on the blocks that move their weights
+        (offloading within the model, sharding): those act when a block is called.
+
+        Args:
+            timestep (`torch.Tensor` of shape `(N,)` or `()`): Timesteps as in `forward`.
+            class_labels (`torch.Tensor` of shape `(N,)`, int64 or int32): Classes as in `forward`. None is dropped.
+
+        Returns:
+            `torch.Tensor` of shape `(N, 6 * num_layers + 2, hidden size)`, in the dtype of the model: shift, scale and
+            gate of the attention and of the MLP of each block (DiT, section 3.2), then scale and shift of the output.
+
+        Raises:
+            ValueError: If the shapes do not fit each other, or a label is out of range (CPU).
+            TypeError: If `class_labels` is not an integer tensor.
+        """
+        self.check_conditions(len(class_labels), timestep, class_labels, None)
+        conditioning = self.embed_conditions(timestep, class_labels, self.pos_embed.dtype)
+
+        modulation = [block.norm1.linear(block.norm1.silu(conditioning)) for block in self.transformer_blocks]
+        modulation.append(self.norm_out.linear(self.norm_out.silu(conditioning)))
+        return torch.cat(modulation, dim=1).unflatten(1, (-1, self.inner_dim))
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -402,6 +475,7 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         hidden_states_layer: int | None = None,
+        modulation: torch.Tensor | None = None,
     ) -> Transformer1DModelOutput | tuple[torch.Tensor]:
         r"""
         Predict the velocity (SiT) or the noise (DiT) of noisy latents.
@@ -428,6 +502,9 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             hidden_states_layer (`int`, *optional*):
                 Block, counted from 1, after which the tokens are returned too: what representation alignment (REPA,
                 arXiv 2410.06940) compares with a vision model.
+            modulation (`torch.Tensor` of shape `(batch_size, 6 * num_layers + 2, hidden size)`, *optional*):
+                Rows of [`~DiTTransformer1DModel.compute_modulation`], which take the place of `timestep` and
+                `class_labels`. No label is dropped then.
 
         Returns:
             [`Transformer1DModelOutput`] or `tuple`: the prediction, of the shape of `hidden_states` with
@@ -435,32 +512,21 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
         Raises:
             ValueError: If a shape does not fit the config or the other arguments, a label is out of range (CPU),
-                `force_drop_ids` is given to a model without a null class, or there is no block
+                `force_drop_ids` is given to a model without a null class or beside `modulation`, or there is no block
                 `hidden_states_layer`.
             TypeError: If `hidden_states` is not of the model's dtype or `class_labels` is not an integer tensor.
         """
-        self.check_inputs(hidden_states, timestep, class_labels, force_drop_ids)
-        if hidden_states_layer is not None and not 1 <= hidden_states_layer <= self.config.num_layers:
-            raise ValueError(
-                f"`hidden_states_layer` is {hidden_states_layer}, allowed: 1 to {self.config.num_layers}, or None."
-            )
-        batch_size = hidden_states.shape[0]
+        self.check_inputs(hidden_states, timestep, class_labels, force_drop_ids, modulation, hidden_states_layer)
 
         # 1. Conditioning vector
-        if not torch.is_tensor(timestep):
-            timestep = torch.full((), timestep, dtype=torch.float32, device=hidden_states.device)
-        timestep = timestep.to(device=hidden_states.device, dtype=torch.float32).expand(batch_size)
-        # 1000 * sigma / 1000 mostly gives sigma back to the last bit; 1000 * sigma * 1e-3 does not.
-        time = timestep / (1 / self.config.timestep_scale)
-        time_features = self.time_proj(time).to(hidden_states.dtype)
-
-        if force_drop_ids is not None:
-            class_labels = torch.where(force_drop_ids == 1, self.config.num_classes, class_labels)
-        elif self.training and self.config.class_dropout_prob > 0:
-            drop_ids = torch.rand(batch_size, device=class_labels.device) < self.config.class_dropout_prob
-            class_labels = torch.where(drop_ids, self.config.num_classes, class_labels)
-
-        conditioning = self.timestep_embedder(time_features) + self.class_embedder(class_labels)
+        conditioning = None
+        if modulation is None:
+            if force_drop_ids is not None:
+                class_labels = torch.where(force_drop_ids == 1, self.config.num_classes, class_labels)
+            elif self.training and self.config.class_dropout_prob > 0:
+                drop_ids = torch.rand(len(class_labels), device=class_labels.device) < self.config.class_dropout_prob
+                class_labels = torch.where(drop_ids, self.config.num_classes, class_labels)
+            conditioning = self.embed_conditions(timestep, class_labels, hidden_states.dtype)
 
         # 2. Tokens
         hidden_states = self.proj_in(hidden_states)
@@ -471,15 +537,22 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         # 3. Blocks
         layer_hidden_states = None
         for layer, block in enumerate(self.transformer_blocks, start=1):
+            block_modulation = None if modulation is None else modulation[:, 6 * (layer - 1) : 6 * layer]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, attention_kwargs)
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, conditioning, attention_kwargs, block_modulation
+                )
             else:
-                hidden_states = block(hidden_states, conditioning, attention_kwargs)
+                hidden_states = block(hidden_states, conditioning, attention_kwargs, block_modulation)
             if layer == hidden_states_layer:
                 layer_hidden_states = hidden_states
 
         # 4. Output
-        hidden_states = self.norm_out(hidden_states, conditioning)
+        if modulation is None:
+            hidden_states = self.norm_out(hidden_states, conditioning)
+        else:
+            scale, shift = modulation[:, -2:, None].unbind(1)
+            hidden_states = self.norm_out.norm(hidden_states) * (1 + scale) + shift
         hidden_states = self.proj_out(hidden_states)
         if self.is_2d:
             # Each token holds its patch as (row, column, channel).

@@ -33,8 +33,8 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
 
     Time runs from t = 1 (noise) to t = 0 (data), and a timestep is `num_train_timesteps * t`. The model predicts the
     velocity `a'(t) x + s'(t) noise`. The score follows from the velocity, the diffusion coefficient is `g(t)^2 = 2 t`
-    on both paths, and the last step, of size `last_step_size`, adds no noise. A step is computed in float64 (float32
-    on devices that lack float64) whatever the dtype of the sample.
+    on both paths, and the last step, of size `last_step_size`, adds no noise. The coefficients of a step are computed
+    in float64, the sample in its own dtype, in float32 at least.
 
     This scheduler inherits from [`~diffusers.SchedulerMixin`] and [`~diffusers.ConfigMixin`].
 
@@ -222,16 +222,14 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma, d_alpha, d_sigma = (coefficient.item() for coefficient in self._interpolant(time))
         time, dt = time.item(), (next_time - time).item()
 
-        dtype = self._compute_dtype(sample.device)
-        velocity = model_output.to(dtype)
-        prev_sample = sample.to(dtype)
-
-        # 1. The score of x_t from the velocity
+        # 1. The score of x_t from the velocity: (ratio * velocity - sample) / variance
         ratio = alpha / d_alpha
-        score = (ratio * velocity - prev_sample) / (sigma**2 - ratio * d_sigma * sigma)
+        variance = sigma**2 - ratio * d_sigma * sigma
 
-        # 2. Drift and diffusion of the reverse SDE with g(t)^2 = 2t (dt is negative)
-        prev_sample = prev_sample + (velocity - time * score) * dt
+        # 2. Drift and diffusion of the reverse SDE with g(t)^2 = 2t: velocity - t * score (dt is negative)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        velocity_weight, sample_weight = dt * (1 - time * ratio / variance), 1 + dt * time / variance
+        prev_sample = sample_weight * sample.to(dtype) + velocity_weight * model_output.to(dtype)
         if self.step_index < self.num_inference_steps - 1:
             if variance_noise is None:
                 variance_noise = randn_tensor(

@@ -1,0 +1,92 @@
+"""Run the short form of every timing script, and compare its ratios with those stored in `benchmarks/ratios.json`.
+
+    make bench                                     # or: python benchmarks/check_ratios.py
+    python benchmarks/check_ratios.py --update     # store what was measured
+
+Ratios are stored, not seconds, by dtype, since machines differ less in them. The exit status is 1 if one has fallen by
+more than `--tolerance`: if even its largest value over the rounds is below the stored median times 1 - tolerance.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from side_by_side import default_device, default_dtype, markdown_table
+
+from softvq_hf.training.arguments import check_output_dir, parse_args
+
+
+FOLDER = Path(__file__).parent
+STORED = FOLDER / "ratios.json"
+SCRIPTS = ("generation", "tokenizer", "training", "data", "scaling")
+
+
+@dataclass(kw_only=True)
+class CheckRatiosArguments:
+    """Arguments of this script."""
+
+    output_dir: str = field(default="outputs/bench", metadata={"help": "Folder for the results of the scripts."})
+    scripts: list[str] = field(default_factory=lambda: list(SCRIPTS), metadata={"help": "Those to run."})
+    tolerance: float = field(default=0.25, metadata={"help": "Share by which a ratio may fall, in [0, 1)."})
+    update: bool = field(default=False, metadata={"help": "Store the measured ratios instead of comparing them."})
+
+    def __post_init__(self) -> None:
+        if not self.scripts or not set(self.scripts) <= set(SCRIPTS):
+            raise ValueError(f"`--scripts` is {self.scripts}, allowed: some of {list(SCRIPTS)}.")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"`--tolerance` is {self.tolerance}, allowed: numbers from 0 on, below 1.")
+
+
+def compare(
+    measured: dict[str, dict[str, float]], stored: dict[str, float], tolerance: float
+) -> tuple[list[list[Any]], list[str]]:
+    """
+    Compare ratios.
+
+    Args:
+        measured (`dict`): By name, the ratio's "median", "min" and "max".
+        stored (`dict` of `str` to `float`): Medians by name.
+        tolerance (`float`): See the head of this file.
+
+    Returns:
+        `tuple`: rows of a table, and what is wrong: ratios that have fallen, and stored ones that were not measured.
+    """
+    rows, faults = [], []
+    for name, ratio in measured.items():
+        before = stored.get(name)
+        rows.append([name, f"{ratio['median']:.3g}", "new" if before is None else f"{before:.3g}"])
+        if before is not None and ratio["max"] < before * (1 - tolerance):
+            faults.append(f"{name} has fallen from {before:.3g} to {ratio['median']:.3g}, at most {ratio['max']:.3g}.")
+    faults += [f"{name} was not measured." for name in stored if name not in measured]
+    return rows, faults
+
+
+def main(args: CheckRatiosArguments) -> int:
+    """Run, compare or store, and return the exit status."""
+    check_output_dir(args.output_dir)
+    dtype = default_dtype(default_device())
+    stored = json.loads(STORED.read_text(encoding="utf-8")) if STORED.is_file() else {}
+    all_rows, all_faults = [], []
+    for script in args.scripts:
+        command = [sys.executable, str(FOLDER / f"{script}.py"), "--short", "--output_dir", args.output_dir]
+        subprocess.run(command, check=True)
+        report = json.loads((Path(args.output_dir) / f"{script}.json").read_text(encoding="utf-8"))
+        if args.update:
+            medians = {name: round(ratio["median"], 3) for name, ratio in report["ratios"].items()}
+            stored.setdefault(dtype, {})[script] = medians
+        rows, faults = compare(report["ratios"], stored.get(dtype, {}).get(script, {}), args.tolerance)
+        all_rows += [[script, *row] for row in rows]
+        all_faults += [f"{script}: {fault}" for fault in faults]
+    print(markdown_table(["script", "ratio", "measured", f"stored for {dtype}"], all_rows))
+    if args.update:
+        STORED.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for fault in all_faults:
+        print(fault, file=sys.stderr)
+    return int(len(all_faults) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args(CheckRatiosArguments)))

@@ -1,0 +1,422 @@
+"""Time class-conditional generation: SiT-XL on SoftVQ tokens beside what it replaces, at equal steps and guidance.
+
+    python benchmarks/generation.py --output_dir outputs/benchmark_generation
+    python benchmarks/generation.py --output_dir outputs/benchmark_generation_512 --resolution 512
+
+| | |
+|---|---|
+| `sit_xl_32`, `sit_xl_64` | `SoftVQPipeline`, SiT-XL on the 32 or 64 tokens of a SoftVQ tokenizer |
+| `sit_xl_2d` | `SoftVQPipeline`, SiT-XL/2 on the latents of Stable Diffusion's `AutoencoderKL`: 256 or 1024 tokens |
+| `official_32`, `official_64` | the model of `sit_xl_*` in the official loop: see [`sample_in_full_batches`] |
+| `plain_32`, `plain_64` | that loop without its second doubling of the batch |
+| `dit_xl_diffusers` | diffusers' `DiTPipeline`, DiT-XL/2 on 2-D latents, which guides at every step |
+
+Weights are random, shapes are real, noise is the same. Systems that compute the same must give the same latents before
+anything is timed. The protocol is `--sampler sde` in 250 steps (SiT's and REPA's), or `ode` in 50, guided between the
+times 0 and 0.7. All steps cost the same but for guidance: `--measured_steps` of them are timed, and what they take is
+scaled by the number of samples that pass the transformer. Decoding is timed by itself and added.
+
+`--output_dir` gets `generation.json` and `generation.md`. Ratios are images per second with decoding, or without it
+(`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`).
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
+from side_by_side import (
+    Contestant,
+    Spread,
+    Timings,
+    default_device,
+    default_dtype,
+    markdown_table,
+    random_model,
+    time_in_turn,
+    weights_bytes,
+    working_memory,
+    write_report,
+)
+
+from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
+from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+from softvq_hf.training.arguments import check_output_dir, parse_args
+from softvq_hf.training.tokenizer_arguments import SoftVQTrainingArguments
+
+
+CONFIGS = Path(__file__).parents[1] / "training" / "configs"
+# Tokenizers by resolution and tokens: those below the best published figures.
+TOKENIZERS = {256: {32: "softvq_bl_32", 64: "softvq_b_64"}, 512: {64: "softvq_bl_64_512"}}
+AUTOENCODER_KL = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+GUIDANCE_INTERVAL = (0.0, 0.7)
+# Largest difference of latents that should be equal, as a share of the largest entry.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+@dataclass(kw_only=True)
+class GenerationBenchmarkArguments:
+    """Arguments of this script."""
+
+    output_dir: str = field(metadata={"help": "Folder for generation.json and generation.md."})
+    resolution: int = field(default=256, metadata={"help": "Side of the images in pixels.", "choices": [256, 512]})
+    tokens: list[int] | None = field(default=None, metadata={"help": "Of 32 and 64; by default all there are."})
+    sampler: str = field(default="ode", metadata={"help": "Of SiT.", "choices": ["ode", "sde"]})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "By default 50 for ode, 250 for sde."})
+    measured_steps: int | None = field(default=None, metadata={"help": "Steps that are timed; by default all."})
+    guidance_scale: float = field(default=1.75, metadata={"help": "Scale of classifier-free guidance, above 1."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Images at a time."})
+    rounds: int = field(default=3, metadata={"help": "Timed calls of each."})
+    num_layers: int = field(default=28, metadata={"help": "Blocks of every transformer."})
+    compile: bool = field(default=False, metadata={"help": "`enable_fast_sampling` for SoftVQPipeline."})
+    skip: list[str] = field(
+        default_factory=list, metadata={"help": "Systems to leave out, such as dit_xl_diffusers and sit_xl_2d."}
+    )
+    device: str | None = field(default=None, metadata={"help": "By default the accelerator, where there is one."})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "By default bfloat16 where that is fast.", "choices": ["float32", "bfloat16"]},
+    )
+    short: bool = field(default=False, metadata={"help": "Two blocks, ten steps, one batch size, two rounds."})
+
+    def __post_init__(self) -> None:
+        if self.short:
+            self.num_layers, self.measured_steps, self.batch_sizes, self.rounds = 2, 10, [4], 2
+        self.tokens = list(TOKENIZERS[self.resolution]) if self.tokens is None else self.tokens
+        if not self.tokens or not set(self.tokens) <= set(TOKENIZERS[self.resolution]):
+            raise ValueError(
+                f"`--tokens` is {self.tokens}, allowed at `--resolution` {self.resolution}:"
+                f" {list(TOKENIZERS[self.resolution])}."
+            )
+        if self.num_inference_steps is None:
+            self.num_inference_steps = {"ode": 50, "sde": 250}[self.sampler]
+        if self.measured_steps is None:
+            self.measured_steps = self.num_inference_steps
+        if not 1 <= self.measured_steps <= self.num_inference_steps:
+            raise ValueError(
+                f"`--measured_steps` is {self.measured_steps}, allowed: 1 to `--num_inference_steps`,"
+                f" {self.num_inference_steps}."
+            )
+        if self.guidance_scale <= 1:
+            raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers above 1.")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"`--batch_sizes` is {self.batch_sizes}, allowed: one or more integers from 1 on.")
+        self.device = default_device() if self.device is None else self.device
+        self.dtype = default_dtype(self.device) if self.dtype is None else self.dtype
+
+
+@dataclass
+class System:
+    """
+    A way to generate.
+
+    Attributes:
+        pipeline (`DiffusionPipeline`): Its models.
+        sample (`Callable`): Latents of class labels, by `labels`, `num_inference_steps` and `generator`.
+    """
+
+    pipeline: DiffusionPipeline
+    sample: Callable[..., torch.Tensor]
+
+    @torch.no_grad()
+    def decode(self, batch_size: int) -> torch.Tensor:
+        """Images `(B, 3, R, R)` in [0, 1], of any latents."""
+        vae, device = self.pipeline.vae, self.pipeline.device
+        if isinstance(vae, AutoencoderKL):
+            side = self.pipeline.transformer.config.sample_size
+            latents = torch.zeros(batch_size, vae.config.latent_channels, side, side, device=device, dtype=vae.dtype)
+        else:
+            tokens, channels = vae.config.num_latent_tokens, vae.config.latent_channels
+            latents = torch.zeros(batch_size, tokens, channels, device=device, dtype=vae.dtype)
+        return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+
+def build_scheduler(sampler: str) -> SchedulerMixin:
+    """SiT's samplers on the linear path."""
+    return FlowMatchEulerDiscreteScheduler() if sampler == "ode" else StochasticInterpolantScheduler()
+
+
+def in_pipeline(
+    pipeline: SoftVQPipeline,
+    guidance_scale: float,
+    labels: list[int],
+    num_inference_steps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Latents by `SoftVQPipeline`."""
+    return pipeline(
+        labels,
+        guidance_scale=guidance_scale,
+        guidance_interval=GUIDANCE_INTERVAL,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        output_type="latent",
+    ).images
+
+
+@torch.no_grad()
+def sample_in_full_batches(
+    pipeline: SoftVQPipeline,
+    copies: int,
+    guidance_scale: float,
+    labels: list[int],
+    num_inference_steps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """
+    Latents by a loop without any thrift. With `copies` 2 it is the official one of SoftVQ-VAE: the script gives noise
+    and labels to the sampler twice, the second time with the null class, and the sampler doubles guided batches again;
+    half of the result is thrown away. The state is float64, the transformer computes the modulation of each sample.
+    """
+    device, scheduler, transformer = pipeline.device, pipeline.scheduler, pipeline.transformer
+    null_class = transformer.config.num_classes
+    times = pipeline.prepare_timesteps(num_inference_steps, torch.device("cpu"))
+    noise = torch.randn(len(labels), *pipeline.latent_shape, generator=generator, device=device)
+    latents = torch.cat([noise] * copies).double()
+    labels = torch.tensor(labels + [null_class] * len(labels) * (copies - 1), device=device)
+    null_labels = torch.full_like(labels, null_class)
+    low, high = GUIDANCE_INTERVAL
+    for t, time in zip(scheduler.timesteps, times, strict=True):
+        guided = low <= time <= high
+        model_input = torch.cat([latents, latents]) if guided else latents
+        velocity = transformer(
+            model_input.to(transformer.dtype),
+            timestep=t.to(device=device, dtype=torch.float32).expand(len(model_input)),
+            class_labels=torch.cat([labels, null_labels]) if guided else labels,
+            return_dict=False,
+        )[0].double()
+        if guided:
+            conditional, unconditional = velocity.chunk(2)
+            velocity = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0].double()
+    return latents[: len(noise)].float()
+
+
+def in_dit_pipeline(
+    pipeline: DiTPipeline,
+    guidance_scale: float,
+    labels: list[int],
+    num_inference_steps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Images by diffusers' `DiTPipeline`, decoding included, as an array."""
+    return pipeline(
+        labels,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        output_type="np",
+    ).images
+
+
+def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
+    """All systems that are to be timed, by name."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    systems = {}
+    for tokens in args.tokens:
+        recipe = CONFIGS / f"{TOKENIZERS[args.resolution][tokens]}.yaml"
+        config = parse_args(SoftVQTrainingArguments, ["--config", str(recipe)]).model
+        vae = random_model(AutoencoderSoftVQ, config, device, dtype)
+        shape = {"num_tokens": config["num_latent_tokens"], "in_channels": config["latent_channels"]}
+        transformer = random_model(DiTTransformer1DModel, {"num_layers": args.num_layers, **shape}, device, dtype)
+        pipeline = SoftVQPipeline(vae, transformer, build_scheduler(args.sampler))
+        systems[f"sit_xl_{tokens}"] = System(pipeline, partial(in_pipeline, pipeline, args.guidance_scale))
+        # the same weights and scheduler, but never compiled
+        pipeline = SoftVQPipeline(vae, transformer, build_scheduler(args.sampler))
+        if args.compile:
+            pipeline.transformer = random_model(DiTTransformer1DModel, transformer.config, device, dtype)
+            pipeline.transformer.load_state_dict(transformer.state_dict())
+        for name, copies in {"official": 2, "plain": 1}.items():
+            sample = partial(sample_in_full_batches, pipeline, copies, args.guidance_scale)
+            systems[f"{name}_{tokens}"] = System(pipeline, sample)
+
+    needs_2d = not {"sit_xl_2d", "dit_xl_diffusers"} <= set(args.skip)
+    if needs_2d:
+        autoencoder = random_model(AutoencoderKL, AUTOENCODER_KL, device, dtype)
+        autoencoder.to(memory_format=torch.channels_last)
+    if "sit_xl_2d" not in args.skip:
+        config = {
+            "num_layers": args.num_layers,
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": args.resolution // 8,
+        }
+        transformer = random_model(DiTTransformer1DModel, config, device, dtype)
+        pipeline = SoftVQPipeline(autoencoder, transformer, build_scheduler(args.sampler))
+        systems["sit_xl_2d"] = System(pipeline, partial(in_pipeline, pipeline, args.guidance_scale))
+    if "dit_xl_diffusers" not in args.skip:
+        config = {
+            "num_layers": args.num_layers,
+            "sample_size": args.resolution // 8,
+            "out_channels": 8,
+            "num_embeds_ada_norm": 1000,
+        }
+        transformer = random_model(DiTTransformer2DModel, config, device, dtype)
+        pipeline = DiTPipeline(transformer, autoencoder, DDIMScheduler())
+        sample = partial(in_dit_pipeline, pipeline, args.guidance_scale)
+        systems["dit_xl_diffusers"] = System(pipeline, sample)
+
+    for name, system in systems.items():
+        system.pipeline.set_progress_bar_config(disable=True)
+        if args.compile and isinstance(system.pipeline, SoftVQPipeline) and name.startswith("sit_xl"):
+            system.pipeline.enable_fast_sampling()
+    return {name: system for name, system in systems.items() if name not in args.skip}
+
+
+def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) -> dict[str, float]:
+    """
+    Compare latents from the same noise. The official loop draws other noise in its SDE, so that the ODE is compared.
+
+    Returns:
+        `dict` of `str` to `float`: largest differences, as shares of the largest entry.
+
+    Raises:
+        ValueError: If systems that should agree do not.
+    """
+    differences = {}
+    for tokens in args.tokens:
+        names = [name for name in (f"sit_xl_{tokens}", f"official_{tokens}", f"plain_{tokens}") if name in systems]
+        latents = {}
+        for name in names:
+            pipeline = systems[name].pipeline
+            scheduler, pipeline.scheduler = pipeline.scheduler, FlowMatchEulerDiscreteScheduler()
+            generator = torch.Generator(args.device).manual_seed(0)
+            latents[name] = systems[name].sample(labels=[1, 2, 2], num_inference_steps=5, generator=generator)
+            pipeline.scheduler = scheduler
+        for name in names[1:]:
+            largest = latents[names[0]].abs().max().item()
+            differences[name] = (latents[name] - latents[names[0]]).abs().max().item() / largest
+            if not differences[name] <= TOLERANCES[args.dtype]:
+                raise ValueError(
+                    f"The latents of {name} and {names[0]} differ by {differences[name]:.3g} of the largest entry,"
+                    f" allowed: {TOLERANCES[args.dtype]:g}."
+                )
+    return differences
+
+
+def num_samples(system: System, num_inference_steps: int) -> int:
+    """How many samples pass the transformer for one image: two in each guided step."""
+    if isinstance(system.pipeline, DiTPipeline):
+        return 2 * num_inference_steps
+    times = system.pipeline.prepare_timesteps(num_inference_steps, torch.device("cpu"))
+    low, high = GUIDANCE_INTERVAL
+    return sum(2 if low <= time <= high else 1 for time in times)
+
+
+def scale_to_protocol(args: GenerationBenchmarkArguments, systems: dict[str, System], timings: Timings) -> Timings:
+    """
+    Seconds for whole images from those of `--measured_steps` and of decoding, round by round: "<system>@<batch size>",
+    and without decoding "<system>.latents@<batch size>".
+    """
+    whole = Timings({})
+    for name, system in systems.items():
+        factor = num_samples(system, args.num_inference_steps) / num_samples(system, args.measured_steps)
+        for batch_size in args.batch_sizes:
+            sampling = timings.seconds[f"{name}.sample@{batch_size}"]
+            decoding = timings.seconds[f"{name}.decode@{batch_size}"]
+            if isinstance(system.pipeline, DiTPipeline):  # has decoded as well
+                sampling = [both - decode for both, decode in zip(sampling, decoding, strict=True)]
+            latents = [factor * seconds for seconds in sampling]
+            whole.seconds[f"{name}.latents@{batch_size}"] = latents
+            whole.seconds[f"{name}@{batch_size}"] = [sum(parts) for parts in zip(latents, decoding, strict=True)]
+            whole.items |= {f"{name}.latents@{batch_size}": batch_size, f"{name}@{batch_size}": batch_size}
+    return whole
+
+
+def compare(args: GenerationBenchmarkArguments, systems: dict[str, System], whole: Timings) -> dict[str, Spread]:
+    """The ratios that the head of this file describes."""
+    ratios = {}
+    for tokens in args.tokens:
+        name = f"sit_xl_{tokens}"
+        for other in (f"official_{tokens}", f"plain_{tokens}", "sit_xl_2d", "dit_xl_diffusers"):
+            if other not in systems:
+                continue
+            for part in ("", ".latents"):
+                own, baseline = (best_batch(f"{one}{part}", args, whole) for one in (name, other))
+                ratios[f"{name}.vs_{other}{part}"] = whole.ratio(own, baseline)
+            for batch_size in args.batch_sizes:
+                ratios[f"{name}.vs_{other}.latents.batch_{batch_size}"] = whole.ratio(
+                    f"{name}.latents@{batch_size}", f"{other}.latents@{batch_size}"
+                )
+    return ratios
+
+
+def best_batch(name: str, args: GenerationBenchmarkArguments, whole: Timings) -> str:
+    """`name` at the batch size at which it makes most images per second."""
+    return max((f"{name}@{batch_size}" for batch_size in args.batch_sizes), key=lambda name: whole.rate(name).median)
+
+
+def main(args: GenerationBenchmarkArguments) -> None:
+    """Build the systems, compare what they compute, time them in turn, and write the result."""
+    check_output_dir(args.output_dir)
+    device = torch.device(args.device)
+    systems = build_systems(args)
+    differences = check_equal(args, systems)
+
+    contestants = {}
+    for batch_size in args.batch_sizes:
+        labels = [(37 * i) % 1000 for i in range(batch_size)]
+        for name, system in systems.items():
+            generator = torch.Generator(device).manual_seed(0)
+            sample = partial(
+                system.sample, labels=labels, num_inference_steps=args.measured_steps, generator=generator
+            )
+            contestants[f"{name}.sample@{batch_size}"] = Contestant(sample, batch_size)
+            contestants[f"{name}.decode@{batch_size}"] = Contestant(partial(system.decode, batch_size), batch_size)
+    timings = time_in_turn(contestants, args.rounds, device)
+    whole = scale_to_protocol(args, systems, timings)
+    ratios = compare(args, systems, whole)
+
+    rows, measurements = [], {"differences": differences, "seconds": timings.seconds}
+    for name, system in systems.items():
+        best = best_batch(name, args, whole)
+        batch_size = best.partition("@")[2]
+        calls = [contestants[f"{name}.{part}@{batch_size}"].call for part in ("sample", "decode")]
+        memory = max(working_memory(call, device) for call in calls)
+        models = system.pipeline.transformer, system.pipeline.vae
+        measurements[name] = {
+            "images_per_second": {key: asdict(whole.rate(key)) for key in whole.seconds if key.startswith(name)},
+            "best_batch_size": int(batch_size),
+            "working_memory_bytes": memory,
+            "weights_bytes": weights_bytes(*models),
+            "num_parameters": [model.num_parameters() for model in models],
+            "samples_through_transformer": num_samples(system, args.num_inference_steps),
+        }
+        rows.append(
+            [
+                name,
+                f"{sum(model.num_parameters() for model in models) / 1e6:.0f}",
+                num_samples(system, args.num_inference_steps),
+                batch_size,
+                whole.rate(best),
+                f"{(memory + weights_bytes(*models)) / 2**30:.2f}",
+            ]
+        )
+    header = ["system", "M parameters", "samples through the transformer", "best batch", "images/s", "memory, GiB"]
+    table = markdown_table(header, rows) + "\n"
+    table += markdown_table(["times as many images per second", "median (smallest to largest)"], list(ratios.items()))
+    write_report(args.output_dir, "generation", table, ratios, asdict(args), measurements)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args(GenerationBenchmarkArguments)))

@@ -1,0 +1,160 @@
+"""What makes SoftVQPipeline fast: modulations once for each step and class, no reading back, compiled blocks."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+
+from softvq_hf.conversion import convert_checkpoint
+from softvq_hf.pipelines import pipeline_softvq
+from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+
+
+def record_modulated_rows(transformer) -> list[int]:
+    """A list that fills with the number of rows of every modulation that the first block computes."""
+    rows = []
+    transformer.transformer_blocks[0].norm1.linear.register_forward_hook(
+        lambda _, inputs, output: rows.append(len(inputs[0]))
+    )
+    return rows
+
+
+def compute_in_the_transformer(pipeline) -> None:
+    """Leave the modulation to the transformer's own forward pass."""
+    pipeline.modulate = lambda timesteps, class_ids, guided: iter([None] * len(timesteps))
+
+
+ARGUMENTS = {
+    "guidance_scale": 2.0,
+    "guidance_interval": (0.0, 0.7),
+    "num_inference_steps": 10,
+    "output_type": "latent",
+}
+
+
+@pytest.mark.parametrize("labels", [[3], [0, 3, 3, 1], [2, 2, 2, 2, 2]])
+@pytest.mark.parametrize("make_scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_modulation_is_computed_once_for_each_step_and_class(tiny_pipeline, make_scheduler, labels):
+    latents = torch.randn(len(labels), 10, 6)
+    expected_pipeline = tiny_pipeline(make_scheduler())
+    compute_in_the_transformer(expected_pipeline)
+    expected = expected_pipeline(labels, latents=latents, **ARGUMENTS).images
+
+    pipeline = tiny_pipeline(make_scheduler())
+    rows = record_modulated_rows(pipeline.transformer)
+    result = pipeline(labels, latents=latents, **ARGUMENTS).images
+
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    num_calls = pipeline.num_timesteps
+    # with the null class, 64 rows at a time are those of all steps
+    assert sum(rows) <= num_calls * (len(set(labels)) + 1)
+    assert len(rows) == -(-num_calls // (64 // (len(set(labels)) + 1)))
+
+
+def test_steps_without_guidance_need_no_null_class(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline_softvq, "MODULATION_ROWS", 2)  # one step at a time
+    pipeline = tiny_pipeline()
+    rows = record_modulated_rows(pipeline.transformer)
+    pipeline([1, 1], **ARGUMENTS)
+    assert rows == [1, 1, 1] + [2] * 7  # times 1, 0.9 and 0.8 lie above the interval
+
+
+def test_classes_without_a_null_class(tiny_pipeline):
+    pipeline = tiny_pipeline(class_dropout_prob=0.0)
+    rows = record_modulated_rows(pipeline.transformer)
+    pipeline([1, 3, 1], num_inference_steps=4, output_type="latent")
+    assert rows == [8]
+
+
+def test_a_callback_may_turn_guidance_on(tiny_pipeline):
+    def guide(pipeline, step, timestep, callback_kwargs):
+        pipeline._guidance_scale = 2.0
+        return callback_kwargs
+
+    latents = torch.randn(2, 10, 6)
+    arguments = {"num_inference_steps": 3, "latents": latents, "output_type": "latent", "callback_on_step_end": guide}
+    expected_pipeline = tiny_pipeline()
+    compute_in_the_transformer(expected_pipeline)
+    expected = expected_pipeline([0, 1], **arguments).images
+    torch.testing.assert_close(tiny_pipeline()([0, 1], **arguments).images, expected, rtol=0, atol=1e-5)
+    unguided = tiny_pipeline()([0, 1], **{**arguments, "callback_on_step_end": None}).images
+    assert not torch.allclose(expected, unguided, atol=1e-3)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_weights_that_hooks_move_stay_in_the_blocks(tiny_pipeline, offload_type):
+    latents = torch.randn(2, 10, 6)
+    expected = tiny_pipeline()([0, 1], latents=latents, **ARGUMENTS).images
+    pipeline = tiny_pipeline()
+    options = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    pipeline.transformer.enable_group_offload(torch.device("cpu"), offload_type=offload_type, **options)
+    rows = record_modulated_rows(pipeline.transformer)
+    result = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    assert rows == [2, 2, 2] + [4] * 7  # of each call, by the block itself
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "transformer_config"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), {}),
+        (FlowMatchHeunDiscreteScheduler(), {}),
+        (StochasticInterpolantScheduler(), {}),
+        (StochasticInterpolantScheduler(path_type="cosine"), {}),
+        (DDPMScheduler(variance_type="learned_range", clip_sample=False), {"out_channels": 12, "timestep_scale": 1.0}),
+        (DDIMScheduler(clip_sample=False), {"out_channels": 12, "timestep_scale": 1.0}),
+    ],
+    ids=["euler", "heun", "sde_linear", "sde_cosine", "ddpm", "ddim"],
+)
+def test_nothing_is_read_back_while_sampling(tiny_pipeline, scheduler, transformer_config):
+    """Tensors on the meta device have no values: whatever waits for one of an accelerator fails on them."""
+    pipeline = tiny_pipeline(scheduler, **transformer_config).to("meta")
+    latents = pipeline([0, 3, 3], **ARGUMENTS).images
+    assert latents.is_meta and latents.shape == (3, 10, 6)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        latents.sum().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["euler", "em_cosine"])
+def test_fast_sampling_keeps_the_reference_trajectories(golden, tiny_pipeline, sampler):
+    reference, tensors = golden("sit")
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(transformer=convert_checkpoint("sit", weights, reference["config"]))
+    pipeline.enable_fast_sampling()
+    if sampler == "em_cosine":
+        noise = iter(tensors["input.noise"])
+        pipeline.scheduler = StochasticInterpolantScheduler(path_type="cosine")
+        step = pipeline.scheduler.step
+        pipeline.scheduler.step = lambda *arguments, generator=None, **options: step(
+            *arguments, variance_noise=next(noise, None), **options
+        )
+
+    sampling = reference["sampling"]
+    latents = pipeline(
+        tensors["input.y"],
+        guidance_scale=sampling["cfg_scale"],
+        guidance_interval=(sampling["guidance_low"], sampling["guidance_high"]),
+        num_inference_steps=sampling["num_steps"],
+        latents=tensors["input.latents"],
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(latents.double(), tensors[f"output.{sampler}_cfg"], rtol=0, atol=1e-5)
+    blocks = pipeline.transformer.transformer_blocks
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert all(block.attn.fused_projections for block in blocks)
+
+
+@pytest.mark.slow
+def test_fast_sampling_decodes_the_same_images(tiny_pipeline):
+    latents = torch.randn(2, 10, 6)
+    expected = tiny_pipeline()([0, 1], latents=latents, num_inference_steps=2, output_type="pt").images
+    pipeline = tiny_pipeline()
+    pipeline.enable_fast_sampling()
+    images = pipeline([0, 1], latents=latents, num_inference_steps=2, output_type="pt").images
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)

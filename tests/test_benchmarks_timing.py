@@ -1,0 +1,238 @@
+"""benchmarks/side_by_side.py, generation.py, scaling.py and check_ratios.py: what they compute from what they time."""
+
+import importlib
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("side_by_side", "generation", "scaling", "check_ratios")
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+# side_by_side.py
+
+
+def test_calls_are_timed_in_turn(load):
+    side_by_side = load("side_by_side")
+    calls = []
+    contestants = {
+        "a": side_by_side.Contestant(lambda: calls.append("a"), items=2),
+        "b": side_by_side.Contestant(lambda: calls.append("b")),
+    }
+    timings = side_by_side.time_in_turn(contestants, rounds=3, device=CPU, warmup=1)
+    assert "".join(calls) == "ba" + "ab" + "ba" + "ab"
+    assert {name: len(seconds) for name, seconds in timings.seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_those_of_each_round(load):
+    side_by_side = load("side_by_side")
+    timings = side_by_side.Timings({"a": 4, "b": 1}, {"a": [1.0, 2.0, 4.0], "b": [1.0, 4.0, 4.0]})
+    assert timings.rate("a") == side_by_side.Spread(median=2.0, min=1.0, max=4.0)
+    assert timings.ratio("a", "b") == side_by_side.Spread(median=4.0, min=4.0, max=8.0)
+    assert str(timings.ratio("a", "b")) == "4 (4 to 8)"
+
+
+def test_what_lasts_longer_takes_longer(load):
+    side_by_side = load("side_by_side")
+    contestants = {name: side_by_side.Contestant(partial(time.sleep, s)) for name, s in {"a": 0.01, "b": 0.04}.items()}
+    ratio = side_by_side.time_in_turn(contestants, rounds=3, device=CPU, warmup=0).ratio("a", "b")
+    assert 1 < ratio.median < 6
+
+
+@pytest.mark.parametrize(("name", "value"), [("rounds", 0), ("warmup", -1)])
+def test_rounds_out_of_range(load, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}, allowed"):
+        load("side_by_side").time_in_turn({}, **{"rounds": 1, "device": CPU, name: value})
+
+
+def test_working_memory_is_that_of_the_call(load):
+    def fill():
+        tensor = torch.ones(64 * 2**20 // 4)
+        time.sleep(0.1)
+        return tensor.sum()
+
+    assert 48 * 2**20 < load("side_by_side").working_memory(fill, CPU) < 256 * 2**20
+
+
+def test_random_models_are_finite(load):
+    config = {"num_tokens": 4, "in_channels": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    model = load("side_by_side").random_model(DiTTransformer1DModel, config, CPU, torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    sample = model(torch.zeros(1, 4, 2, dtype=torch.bfloat16), 500, torch.tensor([1])).sample
+    assert torch.isfinite(sample).all() and sample.std() > 0
+
+
+# generation.py
+
+
+@pytest.fixture
+def generation(load):
+    return load("generation")
+
+
+@pytest.fixture
+def systems(generation, tiny_pipeline):
+    """A tiny pipeline, and the loops without thrift on its models."""
+    pipeline = tiny_pipeline()
+    return {
+        "sit_xl_64": generation.System(pipeline, partial(generation.in_pipeline, pipeline, 2.0)),
+        "official_64": generation.System(pipeline, partial(generation.sample_in_full_batches, pipeline, 2, 2.0)),
+        "plain_64": generation.System(pipeline, partial(generation.sample_in_full_batches, pipeline, 1, 2.0)),
+    }
+
+
+@pytest.fixture
+def arguments(generation, tmp_path):
+    return generation.GenerationBenchmarkArguments(
+        output_dir=str(tmp_path), tokens=[64], device="cpu", dtype="float32", batch_sizes=[1, 2], measured_steps=10
+    )
+
+
+def test_loops_without_thrift_give_the_same_latents(generation, systems, arguments):
+    differences = generation.check_equal(arguments, systems)
+    assert set(differences) == {"official_64", "plain_64"}
+    assert max(differences.values()) < 1e-5
+
+
+def test_systems_that_differ_are_not_timed(generation, systems, arguments, tiny_pipeline):
+    other = tiny_pipeline()
+    with torch.no_grad():
+        other.transformer.proj_out.bias.add_(0.1)
+    systems["plain_64"] = generation.System(other, partial(generation.sample_in_full_batches, other, 1, 2.0))
+    with pytest.raises(ValueError, match="The latents of plain_64 and sit_xl_64 differ by"):
+        generation.check_equal(arguments, systems)
+
+
+@pytest.mark.parametrize(("copies", "factor"), [(1, 1), (2, 2)])
+def test_official_loop_doubles_every_batch(generation, tiny_pipeline, copies, factor):
+    pipeline = tiny_pipeline()
+    batches = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
+    generator = torch.Generator().manual_seed(0)
+    generation.sample_in_full_batches(pipeline, copies, 2.0, [0, 1, 2], 10, generator)
+    assert batches == [3 * factor] * 3 + [6 * factor] * 7
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "expected"),
+    [(FlowMatchEulerDiscreteScheduler(), 50, 85), (StochasticInterpolantScheduler(), 250, 422)],
+)
+def test_number_of_samples_through_the_transformer(generation, tiny_pipeline, scheduler, steps, expected):
+    system = generation.System(tiny_pipeline(scheduler), sample=None)
+    assert generation.num_samples(system, steps) == expected
+
+
+def test_measured_steps_are_scaled_to_the_protocol(generation, systems, arguments):
+    timings = generation.Timings({})
+    for name, seconds in {"sit_xl_64": 1.7, "official_64": 3.4, "plain_64": 1.7}.items():
+        for batch_size in (1, 2):
+            timings.seconds[f"{name}.sample@{batch_size}"] = [seconds, seconds]
+            timings.seconds[f"{name}.decode@{batch_size}"] = [1.5, 0.5]
+    whole = generation.scale_to_protocol(arguments, systems, timings)
+    assert whole.seconds["sit_xl_64.latents@1"] == pytest.approx([8.5, 8.5])  # 17 samples in 10 steps, 85 in 50
+    assert whole.seconds["sit_xl_64@1"] == pytest.approx([10.0, 9.0])
+    ratios = generation.compare(arguments, systems, whole)
+    assert ratios["sit_xl_64.vs_official_64.latents"].median == pytest.approx(2.0)
+    assert ratios["sit_xl_64.vs_official_64"].max == pytest.approx(17.5 / 9)
+    assert ratios["sit_xl_64.vs_plain_64.latents.batch_2"].median == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokens": [32], "resolution": 512}, r"`--tokens` is \[32\], allowed at `--resolution` 512: \[64\]"),
+        ({"measured_steps": 51}, "`--measured_steps` is 51, allowed: 1 to `--num_inference_steps`, 50"),
+        ({"guidance_scale": 1.0}, "`--guidance_scale` is 1.0, allowed"),
+        ({"batch_sizes": [0]}, r"`--batch_sizes` is \[0\], allowed"),
+    ],
+)
+def test_generation_arguments_that_cannot_work(generation, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        generation.GenerationBenchmarkArguments(output_dir=str(tmp_path), **values)
+
+
+# scaling.py
+
+
+def test_exponents_and_model_are_found_again(load):
+    scaling = load("scaling")
+    assert scaling.fit_exponent({1: 3.0, 2: 6.0 * 2**0.5, 4: 24.0}) == pytest.approx(1.5)
+    features = np.array([[1.0, 2.0], [5.0, 1.0], [3.0, 3.0]])
+    assert scaling.fit_model(features, features @ [2.0, 0.5]) == pytest.approx([2.0, 0.5])
+
+
+def test_operations_and_bytes_are_counted(load):
+    scaling = load("scaling")
+    one, other = torch.zeros(8, 16), torch.zeros(16, 4)
+    workload = scaling.Workload(lambda device: lambda: one.to(device).mm(other.to(device)), 1)
+    operations, _ = workload.count()
+    assert operations == 2 * 8 * 16 * 4
+    with scaling.ByteCounter() as counter:
+        one.mm(other)
+        one.view(16, 8)  # moves nothing
+    assert counter.total == 4 * (8 * 16 + 16 * 4 + 8 * 4)
+
+
+def test_operations_of_a_transformer_are_the_published_ones(load, tmp_path):
+    """Multiplications of SiT-XL on 64 tokens: 29.03e9 (twice as many operations)."""
+    scaling = load("scaling")
+    args = scaling.ScalingArguments(output_dir=str(tmp_path), num_layers=28, device="cpu", dtype="float32")
+    operations, _ = scaling.Workload(partial(scaling.call_transformer, args, 64, 1), 1).count()
+    assert operations / 2e9 == pytest.approx(29.03, abs=0.01)
+
+
+# check_ratios.py
+
+
+def test_ratios_that_fall_are_reported(load):
+    measured = {
+        "a": {"median": 2.0, "min": 1.9, "max": 2.1},
+        "b": {"median": 1.0, "min": 0.9, "max": 1.4},
+        "c": {"median": 3.0, "min": 3.0, "max": 3.0},
+    }
+    rows, faults = load("check_ratios").compare(measured, {"a": 2.2, "b": 2.0, "gone": 1.0}, tolerance=0.25)
+    assert rows == [["a", "2", "2.2"], ["b", "1", "2"], ["c", "3", "new"]]
+    assert faults == ["b has fallen from 2 to 1, at most 1.4.", "gone was not measured."]
+
+
+def test_ratios_are_stored_and_compared(load, tmp_path, monkeypatch, capsys):
+    check_ratios = load("check_ratios")
+    monkeypatch.setattr(check_ratios, "STORED", tmp_path / "ratios.json")
+    monkeypatch.setattr(check_ratios, "FOLDER", tmp_path)
+    ratio = {"median": 4.0, "min": 3.9, "max": 4.1}
+    script = "import json, sys; folder = sys.argv[sys.argv.index('--output_dir') + 1]\n"
+    script += f"json.dump({{'ratios': {{'fast': {ratio}}}}}, open(folder + '/data.json', 'w'))\n"
+    (tmp_path / "data.py").write_text(script)
+    arguments = {"output_dir": str(tmp_path), "scripts": ["data"]}
+
+    assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments, update=True)) == 0
+    stored = json.loads((tmp_path / "ratios.json").read_text())
+    assert [by_script["data"] for by_script in stored.values()] == [{"fast": 4.0}]
+    assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments)) == 0
+
+    stored = {dtype: {"data": {"fast": 6.0}} for dtype in stored}
+    (tmp_path / "ratios.json").write_text(json.dumps(stored))
+    assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments)) == 1
+    assert "data: fast has fallen from 6 to 4" in capsys.readouterr().err
