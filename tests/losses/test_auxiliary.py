@@ -159,7 +159,7 @@ def test_decoders_learn_their_targets(name):
         optimizer.step()
     with torch.no_grad():
         swapped = loss_of_target(decoder(latent.flip(0)), target, mask)
-    margin = {"hog": 4 * loss.item(), "dinov2": 0.15}[name]
+    margin = {"hog": 4 * loss.item(), "dinov2": 0.1}[name]
     assert swapped > loss + margin
 
 
