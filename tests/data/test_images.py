@@ -25,7 +25,8 @@ from softvq_hf.data import (
     collate_images,
     load_image_dataset,
 )
-from softvq_hf.data.images import ShardRows, check_unreadable
+from softvq_hf.data.images import ShardRows, check_unreadable, decode_image
+from softvq_hf.data.photographs import load_photograph
 
 
 @pytest.fixture(autouse=True)
@@ -286,6 +287,127 @@ def test_a_loader_prepared_by_accelerate(tmp_path):
         loader.set_epoch(epoch)
         passes.append(torch.cat([batch["pixel_values"] for batch in loader]))
     assert torch.equal(passes[0], passes[2]) and not torch.equal(passes[0], passes[1])
+
+
+# Faster, with pixels that differ a little
+
+
+def encode(image: PIL.Image.Image, format: str = "JPEG", **options) -> dict:
+    """A value of an undecoded image column."""
+    file = io.BytesIO()
+    image.save(file, format=format, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    "size, draft_side, decoded_size",
+    [
+        ((400, 304), 152, (200, 152)),
+        ((400, 304), 153, (400, 304)),
+        ((400, 304), 76, (100, 76)),
+        ((304, 400), 10, (38, 50)),  # not below 1/8
+        ((404, 302), 20, (202, 151)),  # whole numbers only
+        ((401, 304), 20, (401, 304)),
+        ((16, 16), 32, (16, 16)),
+    ],
+)
+def test_jpeg_files_are_decoded_at_the_smallest_size_that_is_enough(size, draft_side, decoded_size):
+    for mode in ("RGB", "L", "CMYK"):
+        value = encode(picture(0, size).convert(mode))
+        drafted = decode_image(value, draft_side)
+        assert drafted.size == decoded_size and drafted.mode == "RGB"
+        assert decode_image(value).size == size
+
+
+def test_other_formats_have_no_smaller_size():
+    for format in ("PNG", "GIF", "BMP"):
+        value = encode(picture(0, (64, 64)), format)
+        np.testing.assert_array_equal(np.array(decode_image(value, 16)), np.array(decode_image(value)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_smaller_sizes_are_turned_upright(orientation):
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = orientation
+    image = load_photograph("cat").crop((0, 0, 400, 240))
+    value = encode(image, quality=95, exif=exif)
+    drafted, full = decode_image(value, 60), decode_image(value)
+    assert drafted.size == (full.width // 4, full.height // 4)
+    difference = np.array(drafted).astype(int) - np.array(full.reduce(4))
+    assert np.abs(difference).mean() < 2
+
+
+def test_broken_jpeg_files_are_found_at_smaller_sizes_too():
+    value = encode(load_photograph("cat").crop((0, 0, 256, 256)))
+    value["bytes"] = value["bytes"][: len(value["bytes"]) // 2]
+    with pytest.raises(OSError, match="truncated"):
+        decode_image(value, 32)
+
+
+def make_photographs(folder: Path) -> Path:
+    """JPEG files with sides of four times 64 pixels and more, a small one, one with odd sides, and a PNG file."""
+    for name, label in (("astronaut", "person"), ("coffee", "thing"), ("rocket", "thing"), ("cat", "animal")):
+        (folder / label).mkdir(exist_ok=True, parents=True)
+        photograph = load_photograph(name)
+        photograph.crop((0, 0, 400, 296)).save(folder / label / f"{name}.jpg", quality=90)
+        photograph.crop((0, 0, 400, 260)).resize((120, 78)).save(folder / label / f"{name}_small.jpg")
+        photograph.crop((0, 0, 399, 297)).save(folder / label / f"{name}_odd.jpg")
+        photograph.crop((0, 0, 400, 296)).save(folder / label / f"{name}_png.png")
+    return folder
+
+
+@pytest.mark.parametrize("crop", [{"train": False}, {"train": True, "center_crop": True}, {"train": True}])
+def test_jpeg_draft_is_within_its_tolerance(tmp_path, crop):
+    make_photographs(tmp_path)
+    exact = load(tmp_path, resolution=64, **crop)
+    draft = load(tmp_path, resolution=64, jpeg_draft=True, **crop)
+    for item, expected in zip(draft, exact, strict=True):
+        assert item["image_id"] == expected["image_id"]
+        assert item["pixel_values"].shape == (3, 64, 64)
+        difference = (item["pixel_values"] - expected["pixel_values"]).abs() * 127.5
+        if Path(item["image_id"]).stem in ("astronaut", "coffee", "rocket", "cat"):
+            assert 0.1 < difference.mean() < 2 and difference.max() < 40
+            assert 10 * torch.log10(255**2 / difference.square().mean()) > 38
+        else:
+            assert difference.max() == 0
+
+
+@pytest.mark.parametrize("crop", [{"train": False}, {"train": True}])
+def test_fast_resize_is_within_its_tolerance(tmp_path, crop):
+    make_photographs(tmp_path)
+    exact = load(tmp_path, resolution=64, **crop)
+    fast = load(tmp_path, resolution=64, fast_resize=True, **crop)
+    differences = []
+    for item, expected in zip(fast, exact, strict=True):
+        assert item["pixel_values"].dtype == torch.float32 and item["pixel_values"].is_contiguous()
+        differences.append((item["pixel_values"] - expected["pixel_values"]).abs() * 127.5)
+    assert 0 < torch.stack(differences).max() < 2.01 and torch.stack(differences).mean() < 0.05
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_streams_are_as_fast(tmp_path, train):
+    make_photographs(tmp_path / "images")
+    saved = datasets.load_dataset(str(tmp_path / "images"), split="train")
+    saved.save_to_disk(tmp_path / "saved", num_shards=2)
+    options = {"resolution": 64, "train": train, "center_crop": True}
+    fast = {"jpeg_draft": True, "fast_resize": True}
+    stored = load(tmp_path / "saved", **options, **fast)
+    exact = load(tmp_path / "saved", **options)
+    stream = list(load(tmp_path / "saved", streaming=True, **options, **fast))
+    assert len(stream) == len(stored) == 16
+
+    def nearest(item, others):
+        """How far the nearest one is, mirrored or not."""
+        pixel_values = item["pixel_values"]
+        return min(
+            float((mirrored - other["pixel_values"]).abs().max())
+            for other in others
+            for mirrored in (pixel_values, pixel_values.flip(-1))
+        )
+
+    assert max(nearest(item, stored) for item in stream) == 0
+    assert max(nearest(item, exact) for item in stream) > 3 / 127.5  # jpeg_draft
+    assert sum(0 < nearest(item, exact) < 3 / 127.5 for item in stream) > 4  # fast_resize
 
 
 # Unreadable images
@@ -754,6 +876,7 @@ def test_a_stream_reads_little_ahead_and_nothing_twice(tmp_path):
     )
     options = {"max_samples": None, "resolution": 16, "train": True, "center_crop": False, "image_column": "image"}
     options |= {"label_column": None, "id2label": {}, "label_ids": None, "seed": 0, "max_unreadable_fraction": 0}
+    options |= {"jpeg_draft": False, "fast_resize": False}
     stream = StreamingImageDataset(rows, shuffle_buffer_size=20, **options)
     assert stream.num_shards == 40
     items = iter(stream)

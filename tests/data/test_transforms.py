@@ -14,6 +14,7 @@ from softvq_hf.data.transforms import (
     adm_center_crop,
     adm_random_crop,
     convert_to_rgb,
+    halve,
     random_horizontal_flip,
     resize_short_side,
     to_pixel_values,
@@ -113,6 +114,10 @@ def test_exif_orientation_is_applied_exactly_once(orientation):
     np.testing.assert_array_equal(decode(transposed, "PNG", exif=exif), upright)
 
 
+def noise(width: int, height: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 @pytest.mark.parametrize("width, height", [(300, 200), (200, 1000), (40, 30), (64, 64), (1, 500)])
 def test_resize_short_side(width, height):
     image = resize_short_side(PIL.Image.new("RGB", (width, height)), 64)
@@ -125,6 +130,16 @@ def test_resize_halves_with_a_box_filter_first():
     noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
     boxed = noise.resize((128, 128), PIL.Image.Resampling.BOX).resize((64, 64), PIL.Image.Resampling.BOX)
     np.testing.assert_array_equal(np.array(resize_short_side(noise, 64)), np.array(boxed))
+
+
+@pytest.mark.parametrize(
+    "width, height",
+    [(64, 48), (65, 48), (64, 49), (65, 49), (2, 2), (48, 64), (64, 126), (64, 128), (64, 130), (20, 300), (300, 20)],
+)
+def test_halving_is_a_box_filter_bit_by_bit(width, height):
+    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    boxed = noise.resize((width // 2, height // 2), PIL.Image.Resampling.BOX)
+    np.testing.assert_array_equal(np.array(halve(noise)), np.array(boxed))
 
 
 def test_center_crop_takes_the_centre():
@@ -162,6 +177,34 @@ def test_random_crop_reaches_the_borders():
     assert np.array(gradient(64, 64).resize((32, 32), PIL.Image.Resampling.BOX))[0, 0].tobytes() in corners
 
 
+def grey_levels(image: PIL.Image.Image | torch.Tensor) -> np.ndarray:
+    """`(H, W, 3)`"""
+    pixels = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else np.array(image)
+    return pixels.astype(int)
+
+
+def photograph_like(width: int, height: int) -> PIL.Image.Image:
+    """Smooth and rough regions, and edges."""
+    rough = np.random.default_rng(0).integers(-60, 60, (height, width, 3)) * (np.arange(width) // 16 % 2)[:, None]
+    pixels = np.array(gradient(width, height)) + rough
+    pixels[height // 4 : height // 3] = 255
+    return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("width, height", [(90, 70), (71, 133), (200, 150), (48, 48), (40, 30)])
+def test_fast_crops_are_within_two_grey_levels(width, height):
+    image = photograph_like(width, height)
+    fast = adm_center_crop(image, 48, fast=True)
+    assert isinstance(fast, torch.Tensor) and fast.shape == (3, 48, 48) and fast.dtype == torch.uint8
+    difference = np.abs(grey_levels(fast) - grey_levels(adm_center_crop(image, 48)))
+    assert difference.max() <= 2 and difference.mean() < 0.05
+    for seed in range(10):
+        exact = adm_random_crop(image, 40, np.random.default_rng(seed))
+        fast = adm_random_crop(image, 40, np.random.default_rng(seed), fast=True)
+        difference = np.abs(grey_levels(fast) - grey_levels(exact))
+        assert difference.max() <= 2 and difference.mean() < 0.05
+
+
 def test_flip_is_drawn():
     image = gradient()
     flipped = [np.array(random_horizontal_flip(image, np.random.default_rng(i))) for i in range(200)]
@@ -170,8 +213,25 @@ def test_flip_is_drawn():
     assert mirrored + kept == 200 and 70 < mirrored < 130
 
 
+def test_tensors_are_flipped_as_images_are():
+    image = gradient()
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    for seed in range(20):
+        flipped = random_horizontal_flip(pixels, np.random.default_rng(seed))
+        expected = random_horizontal_flip(image, np.random.default_rng(seed))
+        np.testing.assert_array_equal(grey_levels(flipped), grey_levels(expected))
+
+
 def test_pixel_values_span_minus_one_to_one():
     pixels = np.array([[[0, 255, 51]]], dtype=np.uint8)
     pixel_values = to_pixel_values(PIL.Image.fromarray(pixels))
     assert pixel_values.dtype == torch.float32 and pixel_values.is_contiguous()
     torch.testing.assert_close(pixel_values, torch.tensor([-1.0, 1.0, -0.6]).reshape(3, 1, 1))
+
+
+def test_pixel_values_of_a_tensor():
+    image = gradient()
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixel_values = to_pixel_values(pixels)
+    assert torch.equal(pixel_values, to_pixel_values(image)) and pixel_values.is_contiguous()
+    assert torch.equal(pixels, torch.from_numpy(np.array(image)).permute(2, 0, 1))  # not changed in place

@@ -48,6 +48,14 @@ class DataArguments:
     max_unreadable_fraction: float = field(
         default=0.01, metadata={"help": "Share of unreadable images that is skipped; with more of them, stop."}
     )
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={"help": "Halve large JPEG files while they are decoded: faster, the pixels differ a little."},
+    )
+    fast_resize: bool = field(
+        default=False,
+        metadata={"help": "Resize images with torch's 8-bit kernels: faster, off by a few grey levels at most."},
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Loader processes; 0 loads in the main one."})
 
     def __post_init__(self) -> None:
@@ -103,7 +111,8 @@ class TrainingArguments(DataArguments):
     optimizer: str = field(
         default="adamw",
         metadata={
-            "help": "Optimizer by name: torch's, its fused kernels, or 8-bit states (package bitsandbytes).",
+            "help": "Optimizer by name: torch's fused kernels (adam_fused and adamw_fused are the same as adam and"
+            " adamw), or 8-bit states (package bitsandbytes).",
             "choices": ["adam", "adamw", "adam_fused", "adamw_fused", "adam_8bit", "adamw_8bit"],
         },
     )
