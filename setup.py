@@ -47,6 +47,9 @@ extras_require = {
     "8bit": [
         "bitsandbytes>=0.50",  # --optimizer adam_8bit, adamw_8bit
     ],
+    "quantization": [
+        "torchao>=0.18",  # weights of 8 bits, docs/sampling.md
+    ],
     "wandb": [
         "wandb>=0.31",  # --report_to wandb
     ],

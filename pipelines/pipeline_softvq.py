@@ -28,6 +28,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard, snapshot_download
 
@@ -41,6 +42,8 @@ try:
 except ModuleNotFoundError:
     AutoencoderSoftVQ = DiTTransformer1DModel = ModelMixin
 
+
+logger = logging.get_logger(__name__)
 
 # Pairs of time and class whose modulation is computed at once: 393 kB each for SiT-XL in bfloat16.
 MODULATION_ROWS = 64
@@ -252,15 +255,13 @@ class SoftVQPipeline(DiffusionPipeline):
     def enable_fast_sampling(self, mode: str | None = None) -> None:
         r"""
         Compile what is run again and again: the blocks of the transformer and of the tokenizer, one block of each kind
-        (regional compilation). Queries, keys and values are projected together before; convolutional tokenizers get
-        the `channels_last` memory format. The first two calls with a new batch size compile, which takes from seconds
-        to a minute; images are the same up to the rounding of the dtype.
+        (regional compilation); convolutional tokenizers get the `channels_last` memory format as well. The first calls
+        compile, which takes from seconds to a minute. Images are the same up to the rounding of the dtype.
 
         Args:
             mode (`str`, *optional*):
                 As in `torch.compile`: `"max-autotune-no-cudagraphs"` searches for faster kernels on GPUs.
         """
-        self.transformer.fuse_qkv_projections()
         self.transformer.compile_repeated_blocks(mode=mode)
         if getattr(self.vae, "_repeated_blocks", None):
             self.vae.compile_repeated_blocks(mode=mode)
@@ -442,6 +443,9 @@ class SoftVQPipeline(DiffusionPipeline):
         Returns:
             `list` of `float`: for every model call the time in [0, 1] at which its step starts, in double precision.
             Only exact values meet the limits of a guidance interval as they should: 0.3 in float32 is above 0.3.
+
+        Raises:
+            ValueError: If the scheduler has settings with which it does not solve the ODE of a flow.
         """
         scheduler = self.scheduler
         if hasattr(scheduler, "times"):  # StochasticInterpolantScheduler
@@ -449,6 +453,12 @@ class SoftVQPipeline(DiffusionPipeline):
             return scheduler.times[:-1].tolist()
 
         if not self.is_flow_matching:
+            if self.transformer.config.timestep_scale != 1:
+                logger.warning(
+                    f"`scheduler` is a {scheduler.__class__.__name__} for the noise of a DDPM chain, but "
+                    f"`timestep_scale` of `transformer` is {self.transformer.config.timestep_scale}, as for flows. "
+                    "Multistep schedulers take one with `use_flow_sigmas=True, prediction_type='flow_prediction'`."
+                )
             scheduler.set_timesteps(num_inference_steps, device=device)
             return (scheduler.timesteps.double().cpu() / scheduler.config.num_train_timesteps).tolist()
 
@@ -777,6 +787,7 @@ class SoftVQPipeline(DiffusionPipeline):
         modulations = self.modulate(device_timesteps, class_ids, has_null_rows)
 
         # 4. Denoise
+        was_guided = has_null_rows[0]
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, (t, modulation) in enumerate(zip(timesteps, modulations, strict=True)):
                 if self.interrupt:
@@ -788,6 +799,9 @@ class SoftVQPipeline(DiffusionPipeline):
                 guided = self.guidance_scale > 1 and in_interval[i]
                 if guided and not has_null_rows[i]:  # a callback has turned guidance on
                     modulation = None
+                if guided != was_guided:
+                    self.restart_solver()
+                was_guided = guided
                 prediction = self.predict(model_input, device_timesteps[i], class_labels, guided, modulation)
                 latents = self.denoise(prediction, t, latents, step_kwargs)
 
