@@ -37,24 +37,22 @@ from softvq_hf.training.dataloader import (
     training_batches,
     write_unreadable_report,
 )
-from softvq_hf.training.distributed import averaged_model, backward, prepare_model
+from softvq_hf.training.distributed import averaged_model, backward, place_teacher, prepare_model
 from softvq_hf.training.generator import build_ddpm_scheduler, encode_latents, get_latent_shape, load_tokenizer
 from softvq_hf.training.generator_arguments import SiTTrainingArguments
 from softvq_hf.training.hub import export_pipeline, pipeline_card, push_folder
 from softvq_hf.training.logging import (
     MetricsLogger,
     mean_over_batches,
-    reduce_losses,
     step_statistics,
     write_run_record,
 )
-from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.optimization import (
     build_ema,
     build_lr_scheduler,
     build_optimizer,
+    end_batch,
     scaled_learning_rate,
-    step_optimizers,
 )
 from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
 from softvq_hf.training.randomness import batch_generators
@@ -145,7 +143,8 @@ def main(args: SiTTrainingArguments) -> None:
     teacher = None
     if args.repa_teacher is not None:
         with accelerator.local_main_process_first():  # one process of a machine downloads
-            teacher = load_teacher(args.repa_teacher, args.resolution, args.repa_patch_size).to(device)
+            teacher = load_teacher(args.repa_teacher, args.resolution, args.repa_patch_size)
+        place_teacher(accelerator, teacher)
     model = TransformerWithLoss(args, transformer, scheduler, None if teacher is None else teacher.hidden_size)
     learning_rate = scaled_learning_rate(args, args.learning_rate, accelerator.num_processes)
     optimizer = build_optimizer(args, model.parameters(), learning_rate)
@@ -195,16 +194,16 @@ def main(args: SiTTrainingArguments) -> None:
 
             with accelerator.accumulate(model):
                 losses = model(latents, class_labels, generators, teacher_tokens)
-                values = reduce_losses(accelerator, losses)
-                if update_is_finite:
-                    update_is_finite = check_finite(accelerator, args, state, values, batch["image_id"])
                 backward(accelerator, model, losses["loss"])
-                if accelerator.sync_gradients:
-                    trained = {"grad_norm": (model, optimizer)}
-                    update_is_finite, norms = step_optimizers(
-                        accelerator, args, state, trained, update_is_finite, batch["image_id"]
-                    )
-                    values |= norms
+                values, update_is_finite = end_batch(
+                    accelerator,
+                    args,
+                    state,
+                    {"grad_norm": (model, optimizer)},
+                    losses,
+                    update_is_finite,
+                    batch["image_id"],
+                )
 
             values_of_step.append(values)
             if not accelerator.sync_gradients:

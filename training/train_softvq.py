@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from huggingface_hub import create_repo
@@ -20,18 +19,10 @@ from tqdm.auto import tqdm
 
 from softvq_hf.data import ImageDataset, StreamingImageDataset, collate_images, load_image_dataset
 from softvq_hf.losses import (
-    ADVERSARIAL_LOSSES,
-    STRONG_AUGMENTATION,
-    WEAK_AUGMENTATION,
     LeCAMRegularizer,
     PerceptualLoss,
-    adaptive_weight,
     adversarial_weight,
     build_discriminator,
-    consistency_loss,
-    differentiable_augmentation,
-    frozen_discriminator,
-    warmup_weight,
 )
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.training.accelerator import build_accelerator
@@ -44,29 +35,32 @@ from softvq_hf.training.dataloader import (
     training_batches,
     write_unreadable_report,
 )
-from softvq_hf.training.distributed import averaged_model, backward, prepare_model
+from softvq_hf.training.distributed import averaged_model, backward, place_teacher, prepare_model
 from softvq_hf.training.fine_tuning import merged_tokenizer
 from softvq_hf.training.hub import export_model, push_folder, tokenizer_card
 from softvq_hf.training.logging import (
     MetricsLogger,
     mean_over_batches,
-    reduce_losses,
     step_statistics,
     write_run_record,
 )
-from softvq_hf.training.masking import sample_patch_mask
-from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.optimization import (
     build_ema,
     build_lr_scheduler,
     build_optimizer,
+    end_batch,
     scaled_learning_rate,
-    step_optimizers,
 )
 from softvq_hf.training.preemption import PREEMPTED_EXIT_CODE, preemption_handler
-from softvq_hf.training.randomness import BatchGenerators, batch_generators
+from softvq_hf.training.randomness import batch_generators
 from softvq_hf.training.state import TrainerState
-from softvq_hf.training.tokenizer import TokenizerWithHeads, build_tokenizer, load_teachers
+from softvq_hf.training.tokenizer import (
+    TokenizerWithHeads,
+    build_tokenizer,
+    discriminator_losses,
+    load_teachers,
+    tokenizer_losses,
+)
 from softvq_hf.training.tokenizer_arguments import SoftVQTrainingArguments
 from softvq_hf.training.validation import evaluate_reconstruction, reconstruction_grid
 
@@ -98,45 +92,6 @@ def load_datasets(
             " without."
         ) from error
     return train_dataset, validation_dataset
-
-
-def compute_discriminator_loss(
-    args: SoftVQTrainingArguments,
-    discriminator: torch.nn.Module,
-    lecam: LeCAMRegularizer | None,
-    weight: float,
-    real: torch.Tensor,
-    fake: torch.Tensor,
-    generators: BatchGenerators,
-) -> dict[str, torch.Tensor]:
-    """
-    The loss of telling originals from reconstructions, and its parts by name. Both see weak augmentation, drawn for
-    each; under strong augmentation the logits shall stay the same.
-    """
-    sources = {"generator": generators.shared, "sample_generators": generators.samples}
-    weak_real, weak_fake = real, fake
-    if args.augment_discriminator:
-        weak_real = differentiable_augmentation(real, **WEAK_AUGMENTATION, **sources)
-        weak_fake = differentiable_augmentation(fake, **WEAK_AUGMENTATION, **sources)
-    real_logits = discriminator(weak_real, generators.shared)
-    fake_logits = discriminator(weak_fake, generators.shared)
-    losses = {"discriminator": ADVERSARIAL_LOSSES[args.adversarial_loss].discriminator(real_logits, fake_logits)}
-    loss = losses["discriminator"]
-    if lecam is not None:
-        losses["lecam"] = lecam(real_logits, fake_logits)
-        loss = loss + args.lecam_weight * losses["lecam"]
-    loss = weight * loss
-    if args.consistency_weight > 0:
-        strong_real = differentiable_augmentation(real, **STRONG_AUGMENTATION, **sources)
-        strong_fake = differentiable_augmentation(fake, **STRONG_AUGMENTATION, **sources)
-        losses["consistency"] = consistency_loss(
-            real_logits,
-            fake_logits,
-            discriminator(strong_real, generators.shared),
-            discriminator(strong_fake, generators.shared),
-        )
-        loss = loss + args.consistency_weight * losses["consistency"]
-    return {"discriminator_loss": loss, **losses}
 
 
 def save_result(
@@ -217,9 +172,10 @@ def main(args: SoftVQTrainingArguments) -> None:
                     f"`--resolution` is {args.resolution}, allowed with `--discriminator {args.discriminator}`:"
                     f" {discriminator.min_image_size} or more."
                 )
-    for frozen in (perceptual_loss, *teachers.values()):
-        if frozen is not None:
-            frozen.to(device)
+    for teacher in teachers.values():
+        place_teacher(accelerator, teacher)
+    if perceptual_loss is not None:
+        perceptual_loss.to(device)
     if accelerator.num_processes > 1:
         plain_tokenizer.enable_synchronized_entropy()
     if discriminator is not None:
@@ -286,74 +242,22 @@ def main(args: SoftVQTrainingArguments) -> None:
 
             with accelerator.accumulate(*models):
                 # Tokenizer: reconstruct, and add up what is wrong with it
-                mask = None
-                if args.mask_ratio_max > 0:
-                    num_patches = (args.resolution // plain_tokenizer.config.encoder_patch_size) ** 2
-                    ratios = (args.mask_ratio_min, args.mask_ratio_max)
-                    mask = sample_patch_mask(
-                        len(pixel_values), num_patches, *ratios, generators.shared, generators.samples
-                    ).to(device)
-                with accelerator.autocast():
-                    teacher_tokens = {name: teacher(pixel_values) for name, teacher in teachers.items()}
-                output, losses = model(pixel_values, generators, mask, teacher_tokens)
-                distance = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
-                losses["reconstruction"] = distance(output.sample, pixel_values)
-                loss = args.reconstruction_weight * losses["reconstruction"]
-                if perceptual_loss is not None:
-                    losses["perceptual"] = perceptual_loss(output.sample, pixel_values, generators.samples)
-                    weight = warmup_weight(step, args.perceptual_weight, args.perceptual_warmup_steps)
-                    loss = loss + weight * losses["perceptual"]
-                if adversarial > 0:
-                    sample = output.sample
-                    if args.augment_discriminator:
-                        sources = {"generator": generators.shared, "sample_generators": generators.samples}
-                        sample = differentiable_augmentation(sample, **WEAK_AUGMENTATION, **sources)
-                    with frozen_discriminator(accelerator.unwrap_model(discriminator)) as judge:
-                        logits = judge(sample, generators.shared)
-                    losses["generator"] = ADVERSARIAL_LOSSES[args.adversarial_loss].generator(logits)
-                    weight = adversarial
-                    if args.adaptive_adversarial_weight:
-                        adaptive = adaptive_weight(loss, losses["generator"], plain_tokenizer.decoder.last_layer)
-                        weight = weight * adaptive
-                        losses["adaptive_weight"] = adaptive
-                    loss = loss + weight * losses["generator"]
-                for name in ("entropy", "vq", "commit", "kl"):
-                    if output.get(f"{name}_loss") is not None:
-                        losses[name] = output[f"{name}_loss"]
-                        loss = loss + getattr(args, f"{name}_weight") * losses[name]
-                for name in ("alignment", "auxiliary_hog", "auxiliary_dinov2", "auxiliary_clip"):
-                    if name in losses:
-                        loss = loss + getattr(args, f"{name}_weight") * losses[name]
-                if output.get("max_probability") is not None:
-                    losses["max_probability"] = output.max_probability
-                values = reduce_losses(accelerator, {"loss": loss, **losses})
-                if update_is_finite:
-                    update_is_finite = check_finite(accelerator, args, state, values, batch["image_id"])
-                backward(accelerator, model, loss)
+                judges = (teachers, perceptual_loss, discriminator, adversarial)
+                output, losses = tokenizer_losses(args, accelerator, model, *judges, pixel_values, generators, step)
+                backward(accelerator, model, losses["loss"])
+                trained = {"grad_norm": (model, optimizer)}
 
                 # Discriminator: tell the same reconstructions, detached, from the originals
                 if adversarial > 0:
-                    # broken reconstructions would break the discriminator's statistics
-                    reconstructions = output.sample.detach() if update_is_finite else pixel_values
-                    losses = compute_discriminator_loss(
-                        args, discriminator, lecam, adversarial, pixel_values, reconstructions, generators
+                    losses |= discriminator_losses(
+                        args, discriminator, lecam, adversarial, pixel_values, output.sample, generators
                     )
-                    discriminator_values = reduce_losses(accelerator, losses)
-                    if update_is_finite:
-                        values |= discriminator_values
-                        update_is_finite = check_finite(
-                            accelerator, args, state, discriminator_values, batch["image_id"]
-                        )
                     backward(accelerator, discriminator, losses["discriminator_loss"])
+                    trained["discriminator_grad_norm"] = (discriminator, discriminator_optimizer)
 
-                if accelerator.sync_gradients:
-                    trained = {"grad_norm": (model, optimizer)}
-                    if adversarial > 0:
-                        trained["discriminator_grad_norm"] = (discriminator, discriminator_optimizer)
-                    update_is_finite, norms = step_optimizers(
-                        accelerator, args, state, trained, update_is_finite, batch["image_id"]
-                    )
-                    values |= norms
+                values, update_is_finite = end_batch(
+                    accelerator, args, state, trained, losses, update_is_finite, batch["image_id"]
+                )
 
             values_of_step.append(values)
             if not accelerator.sync_gradients:

@@ -334,3 +334,15 @@ def test_alignment_of_a_generator_is_repa():
     torch.testing.assert_close(loss, -torch.stack(cosines).mean(), atol=1e-6, rtol=0)
     loss.backward()
     assert hidden_states.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_the_dtype_of_autocast_give_the_same_tokens(teacher_folder, dtype):
+    teacher = load_teacher(teacher_folder, 64, patch_size=16)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.autocast("cpu", dtype):
+        expected = teacher(images)
+        assert teacher.cast_linear_weights(dtype) is teacher
+        assert torch.equal(teacher(images), expected) and expected.dtype == torch.float32
+    assert {module.weight.dtype for module in teacher.modules() if isinstance(module, nn.Linear)} == {dtype}
+    assert not torch.equal(teacher.float()(images), expected)  # autocast had an effect

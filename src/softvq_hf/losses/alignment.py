@@ -11,6 +11,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from softvq_hf.losses.draws import to_device
+
 
 ALIGNMENT_MODES = ("global", "avg_1d", "avg_1d_shuffle", "repeat")
 
@@ -118,7 +120,7 @@ class AlignmentLoss(nn.Module):
             if self.mode == "avg_1d_shuffle":
                 device = generator.device if generator is not None else "cpu"
                 permutation = torch.randperm(num_teacher_tokens, generator=generator, device=device)
-                teacher_tokens = teacher_tokens[:, permutation.to(teacher_tokens.device)]
+                teacher_tokens = teacher_tokens[:, to_device(permutation, teacher_tokens.device)]
             target = F.adaptive_avg_pool1d(teacher_tokens.transpose(1, 2), num_latent_tokens).transpose(1, 2)
         return -F.cosine_similarity(student.float(), target.float(), dim=-1).mean()
 
@@ -207,6 +209,16 @@ class FrozenTeacher(nn.Module):
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         return super().train(False)
+
+    def cast_linear_weights(self, dtype: torch.dtype) -> "FrozenTeacher":
+        """
+        Keep the weights of linear layers in `dtype`, for a teacher that is always called under autocast to it: tokens
+        stay the same to the bit, autocast has nothing left to cast in every call, and the weights take half the space.
+        """
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        return self
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(B, 3, R, R)` in [-1, 1] with the ImageNet mean removed and divided by its standard deviation, in

@@ -3,6 +3,8 @@ strong form of SoftVQ-VAE (arXiv 2412.10958). Functions named after a change tak
 
 import torch
 
+from softvq_hf.losses.draws import to_device
+
 
 # What the discriminator is fed with, real images and reconstructions alike.
 WEAK_AUGMENTATION = {"cutout_ratio": 0.2, "probability": 0.5}
@@ -100,7 +102,7 @@ def differentiable_augmentation(
             draws = torch.rand(batch_size, generator=generator, device=draw_device)
         else:
             draws = torch.cat([torch.rand(1, generator=g, device=g.device) for g in sample_generators])
-        return draws.to(images.device, images.dtype)
+        return to_device(draws.to(images.dtype), images.device)
 
     def integers(low: int, high: int) -> torch.Tensor:
         if sample_generators is None:
@@ -109,7 +111,7 @@ def differentiable_augmentation(
             draws = torch.cat(
                 [torch.randint(low, high + 1, (1,), generator=g, device=g.device) for g in sample_generators]
             )
-        return draws.to(images.device)
+        return to_device(draws, images.device)
 
     colour, translation, cutout = (torch.rand(3, generator=generator, device=draw_device) < probability).tolist()
     if colour:

@@ -7,6 +7,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
+from softvq_hf.losses.draws import to_device
+
 
 def exact_betas(scheduler: SchedulerMixin) -> torch.Tensor:
     """Betas of a DDPM chain in float64.
@@ -68,7 +70,8 @@ def diffusion_loss(
         latents (`torch.Tensor`):
             Normalised latents of shape `(B, L, C)`, or `(B, C, H, W)` for a 2-D transformer.
         class_labels (`torch.Tensor` of shape `(B,)`): int64 class ids.
-        timesteps (`torch.Tensor` of shape `(B,)`): int64 steps from 0 to `num_train_timesteps - 1`.
+        timesteps (`torch.Tensor` of shape `(B,)`):
+            int64 steps from 0 to `num_train_timesteps - 1`, best on the CPU, where they are looked up.
         noise (`torch.Tensor`): Standard normal, of the shape of `latents`.
         transformer_kwargs: Passed on to the transformer, e.g. `force_drop_ids`.
 
@@ -105,12 +108,12 @@ def diffusion_loss(
 
     def at_steps(table: torch.Tensor) -> torch.Tensor:
         """The entries of the samples' steps as float32, shaped to broadcast over a sample."""
-        return table[steps].float().to(latents.device).reshape(-1, *[1] * (latents.ndim - 1))
+        return to_device(table[steps].float(), latents.device).reshape(-1, *[1] * (latents.ndim - 1))
 
     latents, noise = latents.float(), noise.float()
     noisy_latents = at_steps(alphas_cumprod.sqrt()) * latents + at_steps((1 - alphas_cumprod).sqrt()) * noise
     prediction = transformer(
-        noisy_latents, timestep=timesteps, class_labels=class_labels, **transformer_kwargs
+        noisy_latents, timestep=to_device(timesteps, latents.device), class_labels=class_labels, **transformer_kwargs
     ).sample.float()
 
     channel_dim = -1 if latents.ndim == 3 else 1
@@ -155,7 +158,7 @@ def diffusion_loss(
         + (mean - predicted_mean).square() * (-predicted_log_variance).exp()
     )
     log_likelihood = _discretised_log_likelihood(latents, predicted_mean, 0.5 * predicted_log_variance)
-    is_first = (steps == 0).to(latents.device)[:, None]
+    is_first = to_device(steps == 0, latents.device)[:, None]
     nats = torch.where(is_first, -log_likelihood.flatten(1), divergence.flatten(1))
     vb = nats.mean(1) / math.log(2)
     return {"loss": mse + vb, "mse": mse, "vb": vb}

@@ -7,6 +7,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
+from softvq_hf.losses.draws import to_device
+
 
 def lognormal_times(normal: torch.Tensor, path_type: str) -> torch.Tensor:
     """Times at which the noise-to-data ratio `s(t) / a(t)` of a path equals `exp(normal)`.
@@ -63,7 +65,8 @@ def sample_flow_times(
     if isinstance(generator, list):
         if len(generator) != batch_size:
             raise ValueError(f"`generator` has {len(generator)} entries, allowed: {batch_size}, one per sample.")
-        return torch.cat([sample_flow_times(1, weighting, path_type, one, device) for one in generator])
+        times = torch.cat([sample_flow_times(1, weighting, path_type, one) for one in generator])
+        return to_device(times, device)
     draw_device = generator.device if generator is not None else "cpu"
     if weighting == "uniform":
         times = torch.rand(batch_size, generator=generator, device=draw_device, dtype=torch.float32)
@@ -72,7 +75,7 @@ def sample_flow_times(
         times = lognormal_times(normal, path_type)
     else:
         raise ValueError(f"`weighting` is {weighting!r}, allowed: 'uniform', 'lognormal'.")
-    return times.to(device)
+    return to_device(times, device)
 
 
 def flow_matching_loss(

@@ -57,10 +57,15 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=f"{args.output_dir}/{args.logging_dir}"
         ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, even_batches=False),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True,
+            data_seed=args.seed,
+            even_batches=False,
+            non_blocking=torch.cuda.is_available(),  # batches are pinned there
+        ),
         # Batch statistics are never copied between processes in the middle of a step, where the discriminator's second
-        # forward would find them changed under the first one's graph.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # forward would find them changed under the first one's graph. Gradients have no second copy to be sent from.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if fsdp_plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # torch shards on processors as well, accelerate leaves them out

@@ -12,6 +12,8 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from softvq_hf.losses import FrozenTeacher
+
 
 def prepare_model(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
@@ -52,6 +54,14 @@ def prepare_model(
         # `torch.autograd.grad` at a single weight; up to ZeRO-2 nothing else needs the engine in the forward pass.
         model.forward = module.__call__
     return model, optimizer
+
+
+def place_teacher(accelerator: Accelerator, teacher: FrozenTeacher) -> FrozenTeacher:
+    """A teacher on the device of the accelerator, its weights as `accelerator.autocast` will want them."""
+    with accelerator.autocast():
+        if torch.is_autocast_enabled(accelerator.device.type):
+            teacher.cast_linear_weights(torch.get_autocast_dtype(accelerator.device.type))
+    return teacher.to(accelerator.device)
 
 
 def backward(accelerator: Accelerator, model: torch.nn.Module, loss: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers by name, learning-rate schedules, averaged weights, and the end of an update: clipping and steps."""
+"""Optimizers by name, learning-rate schedules, averaged weights, and the end of a batch: clipping, losses, steps."""
 
 import math
 import warnings
@@ -11,8 +11,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from softvq_hf.training.arguments import TrainingArguments
+from softvq_hf.training.logging import reduce_losses
 from softvq_hf.training.nonfinite import check_finite
 from softvq_hf.training.state import TrainerState
 
@@ -25,9 +27,9 @@ def build_optimizer(
     args: TrainingArguments, parameters: Iterable[torch.nn.Parameter], learning_rate: float
 ) -> torch.optim.Optimizer:
     """
-    The optimizer named `args.optimizer`: "adam" or "adamw", alone, with "_fused" (torch's fused kernels) or "_8bit"
-    (states of eight bits, of bitsandbytes). Frozen parameters are left out. Weight decay reaches "adamw" only: Adam's
-    would be another algorithm.
+    The optimizer named `args.optimizer`: "adam" or "adamw", by torch's fused kernels ("_fused" says so), or with
+    "_8bit" (states of eight bits, of bitsandbytes). Frozen parameters are left out. Weight decay reaches "adamw" only:
+    Adam's would be another algorithm.
 
     Raises:
         ValueError: If every parameter is frozen, or bitsandbytes is needed and not installed.
@@ -40,7 +42,7 @@ def build_optimizer(
     if algorithm == "adamw":
         settings["weight_decay"] = args.adam_weight_decay
     if variant != "8bit":
-        return OPTIMIZERS[algorithm](parameters, fused=variant == "fused" or None, **settings)
+        return OPTIMIZERS[algorithm](parameters, fused=True, **settings)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -82,14 +84,26 @@ def build_lr_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer
     return LambdaLR(optimizer, factor)
 
 
-def build_ema(args: TrainingArguments, model: torch.nn.Module) -> EMAModel | None:
+class OnePassEMA(EMAModel):
+    """
+    diffusers' average of weights, to the same values, in one pass over the memory instead of two with room for the
+    differences. Frozen weights are left as they are, for they do not change.
+    """
+
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Move the averages towards `parameters`, those that the average was built with."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        trained = [pair for pair in zip(self.shadow_params, parameters, strict=True) if pair[1].requires_grad]
+        averages, weights = (list(tensors) for tensors in zip(*trained, strict=True))
+        get_ema_multi_avg_fn(self.cur_decay_value)(averages, weights, None)
+
+
+def build_ema(args: TrainingArguments, model: torch.nn.Module) -> OnePassEMA | None:
     """The average of a model's parameters with the constant decay `args.ema_decay`; `None` where it is off."""
     if not args.use_ema:
         return None
-    parameters = list(model.parameters())
-    # torch has no `_foreach_copy_` for sharded tensors, which frozen ones are averaged by
-    foreach = not any(isinstance(parameter, DTensor) for parameter in parameters)
-    ema = EMAModel(parameters, decay=args.ema_decay, min_decay=args.ema_decay, foreach=foreach)
+    ema = OnePassEMA(model.parameters(), decay=args.ema_decay, min_decay=args.ema_decay)
     ema.optimization_step = 1  # with min_decay: the constant decay from the first update on
     return ema
 
@@ -102,51 +116,70 @@ def scaled_learning_rate(args: TrainingArguments, learning_rate: float, num_proc
     return learning_rate * global_batch_size / args.lr_base_batch_size
 
 
-def step_optimizers(
+def end_batch(
     accelerator: Accelerator,
     args: TrainingArguments,
     state: TrainerState,
     trained: dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]],
+    losses: dict[str, torch.Tensor],
     is_finite: bool,
     image_ids: list[str | int],
-) -> tuple[bool, dict[str, float]]:
+) -> tuple[dict[str, float], bool]:
     """
-    End an update: clip the gradients of every model, step every optimizer, clear the gradients. Collective, after the
-    backward passes of the last batch, inside of `accelerator.accumulate`.
+    Read the losses of a batch; after the last batch of an update clip the gradients of every model before, and step
+    every optimizer and clear the gradients afterwards. Collective, after the backward passes, inside of
+    `accelerator.accumulate`.
+
+    All numbers of a batch are read at once, here: the processor waits for the device once a batch, when there is
+    nothing left to prepare.
 
     All optimizers step, or none: where a loss or a gradient is not finite the update is left out, and the batch with
-    the gradient counted and named ([`~softvq_hf.training.nonfinite.check_finite`]). Under fp16 that is left to the
-    loss scale, which is adapted once, after all steps. (DeepSpeed's engines have stepped in their backward passes.)
+    the gradient counted and named ([`~softvq_hf.training.nonfinite.check_finite`]). Under fp16 gradients are left to
+    the loss scale, which is adapted once, after all steps. (DeepSpeed's engines have stepped in their backward
+    passes.)
 
     Args:
         accelerator (`Accelerator`): The accelerator.
         args (`TrainingArguments`): `max_grad_norm`, and what `check_finite` needs.
         state (`TrainerState`): Counts the updates left out.
         trained (`dict`): Model and optimizer, as prepared together, by the name of their norm.
-        is_finite (`bool`): Whether all losses of the update were finite.
-        image_ids (`list`): Images of this process's last batch.
+        losses (`dict[str, torch.Tensor]`): Scalars of this process by name.
+        is_finite (`bool`): Whether all losses of the update's batches before this one were finite.
+        image_ids (`list`): Images of this process's batch.
 
     Returns:
-        `tuple`: whether the update was made, and the norms before clipping by name.
+        `tuple`: the losses, averaged over all processes, and after the last batch of an update the norms before
+        clipping, by name; and whether everything was finite so far, so that the last batch's says whether the update
+        was made.
 
     Raises:
         FloatingPointError: As `check_finite`.
     """
-    norms = {
-        name: clip_gradients(accelerator, model, optimizer, args.max_grad_norm).item()
-        for name, (model, optimizer) in trained.items()
-    }
+    norms = {}
+    if accelerator.sync_gradients:
+        norms = {
+            name: clip_gradients(accelerator, model, optimizer, args.max_grad_norm)
+            for name, (model, optimizer) in trained.items()
+        }
+    values = reduce_losses(accelerator, {**losses, **norms})
+    for names in (losses, norms if accelerator.scaler is None else {}):
+        if is_finite:
+            checked = {name: values[name] for name in names}
+            is_finite = check_finite(accelerator, args, state, checked, image_ids)
+    if not accelerator.sync_gradients:
+        return values, is_finite
+
     optimizers = [optimizer for _, optimizer in trained.values()]
     if accelerator.scaler is not None:
         for optimizer in optimizers:
             accelerator.scaler.step(optimizer.optimizer)
         accelerator.scaler.update()
-    elif is_finite and (is_finite := check_finite(accelerator, args, state, norms, image_ids)):
+    elif is_finite:
         for optimizer in optimizers:
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad()
-    return is_finite, norms
+    return values, is_finite
 
 
 def clip_gradients(
@@ -168,7 +201,7 @@ def clip_gradients(
         `torch.Tensor`: The norm before clipping, a scalar, the same on all processes.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return torch.as_tensor(model.get_global_grad_norm())
+        return torch.as_tensor(model.get_global_grad_norm(), device=accelerator.device)
     accelerator.unscale_gradients(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm if max_grad_norm > 0 else math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

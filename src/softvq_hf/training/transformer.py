@@ -5,6 +5,7 @@ from diffusers import SchedulerMixin
 from torch import nn
 
 from softvq_hf.losses import AlignmentLoss, diffusion_loss, flow_matching_loss, sample_flow_times
+from softvq_hf.losses.draws import to_device
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel, Transformer1DModelOutput
 from softvq_hf.training.arguments import check_model_config
 from softvq_hf.training.generator_arguments import SiTTrainingArguments
@@ -127,11 +128,11 @@ class TransformerWithLoss(nn.Module):
             `dict[str, torch.Tensor]`: "loss" and its terms, float32 scalars, means over the batch.
         """
         args, device = self.args, latents.device
-        noise = generators.randn(*latents.shape[1:]).to(device)
+        noise = to_device(generators.randn(*latents.shape[1:]), device)
         options = {}
         if self.transformer.config.class_dropout_prob > 0:
             dropped = generators.rand() < self.transformer.config.class_dropout_prob
-            options["force_drop_ids"] = dropped.to(device)
+            options["force_drop_ids"] = to_device(dropped, device)
         if self.alignment is not None:
             options["hidden_states_layer"] = args.repa_layer
         if args.objective == "flow_matching":
@@ -142,7 +143,7 @@ class TransformerWithLoss(nn.Module):
                 )
             }
         else:
-            timesteps = generators.randint(self.scheduler.config.num_train_timesteps).to(device)
+            timesteps = generators.randint(self.scheduler.config.num_train_timesteps)
             losses = diffusion_loss(self.predict, self.scheduler, latents, class_labels, timesteps, noise, **options)
         losses = {name: value.mean() for name, value in losses.items()}
         if self.alignment is not None:
