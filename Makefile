@@ -11,11 +11,12 @@ QUICKSTART := training/configs/quickstart
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test quality style docs clean
+.PHONY: help quickstart test bench quality style docs clean
 
 help:
 	@echo "make quickstart   train a tokenizer and a generator on photographs; results in outputs/quickstart"
 	@echo "make test         run the tests"
+	@echo "make bench        time the short forms of the benchmarks, and compare their ratios with stored ones"
 	@echo "make quality      check style and imports"
 	@echo "make style        repair style"
 	@echo "make docs         build the documentation into site/"
@@ -36,6 +37,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+bench: export OMP_NUM_THREADS ?= $(CORES)
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/check_ratios.py
 
 quality: $(VENV)/.installed build/lib
 	$(BIN)/ruff check .

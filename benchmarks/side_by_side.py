@@ -98,7 +98,7 @@ def random_model(
 ) -> torch.nn.Module:
     """A frozen model in eval mode, made on `device` at once: parameters N(0, 0.02), buffers zero."""
     with torch.device("meta"):
-        model = model_class(**config).to(dtype)
+        model = torch.nn.Module.to(model_class(**config), dtype)  # diffusers' own `to` would warn of any cast
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
