@@ -1,7 +1,7 @@
 """Efficient image tokenizers and the generators on top of them, native to diffusers.
 
-diffusers takes the class of a component from a module that stands in `sys.modules`. Those of the public names are there
-as soon as this package is imported; their code, which imports most of diffusers, runs when it is first needed.
+diffusers takes the class of a component from a module in `sys.modules`. Those of the public names are there as soon as
+this package is imported; their code, which imports most of diffusers, runs when it is first needed.
 """
 
 import sys
