@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torchao
 from diffusers import FlowMatchEulerDiscreteScheduler, TorchAoConfig, UniPCMultistepScheduler
-from side_by_side import Contestant, Spread, Timings, markdown_table, time_in_turn, working_memory, write_report
+from side_by_side import Contestant, Spread, Timings, markdown_table, time_in_turn, write_report
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -67,7 +67,7 @@ class QuantizationArguments:
     pipeline: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a SoftVQPipeline; by default SiT-XL with random weights."}
     )
-    batch_size: int = field(default=4, metadata={"help": "Samples at a time."})
+    batch_size: int = field(default=2, metadata={"help": "Samples at a time."})
     rounds: int = field(default=5, metadata={"help": "Timed calls of each."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise."})
     device: str | None = field(default=None, metadata={"help": "By default the accelerator, where there is one."})
@@ -142,8 +142,8 @@ def measure(folder: str, args: QuantizationArguments) -> tuple[dict[str, dict[st
     Load, run and time all variants.
 
     Returns:
-        `tuple` of a `dict`, by variant: `bytes` of the weights, `velocity_error`, `latent_error` and the
-        `working_memory` of a call in bytes; and of the [`Timings`] of one call.
+        `tuple` of a `dict`, by variant: `bytes` of the weights, `velocity_error` and `latent_error`; and of the
+        [`Timings`] of one call.
     """
     device = torch.device(args.device)
     pipeline = SoftVQPipeline.from_pretrained(folder).to(device)
@@ -166,14 +166,13 @@ def measure(folder: str, args: QuantizationArguments) -> tuple[dict[str, dict[st
             "bytes": sum(map(stored_bytes, pipeline.transformer.parameters())),
             "velocity_error": relative_error(velocities[name], velocities["float32"], (1, 2, 3)).mean().item(),
             "latent_error": relative_error(latents[name], latents["float32"], (0, 1, 2)).item(),
-            "working_memory": working_memory(contestants[name].call, device),
         }
     return results, time_in_turn(contestants, args.rounds, device)
 
 
 def to_table(results: dict[str, dict[str, Any]], timings: Timings) -> str:
     """Markdown: one line per variant."""
-    header = ["variant", "weights (MB)", "velocity error", "latent error", "working memory (MB)", "ms per call"]
+    header = ["variant", "weights (MB)", "velocity error", "latent error", "ms per call"]
     rows = []
     for name, result in results.items():
         milliseconds = Spread.of([1000 * seconds for seconds in timings.seconds[name]])
@@ -183,7 +182,6 @@ def to_table(results: dict[str, dict[str, Any]], timings: Timings) -> str:
                 f"{result['bytes'] / 1e6:.1f}",
                 f"{result['velocity_error']:.2g}",
                 f"{result['latent_error']:.2g}",
-                f"{result['working_memory'] / 1e6:.0f}",
                 milliseconds,
             ]
         )

@@ -553,10 +553,13 @@ class SoftVQPipeline(DiffusionPipeline):
     @property
     def precomputes_modulation(self) -> bool:
         """
-        Whether the transformer's modulation is computed apart from its other layers: not where hooks on blocks or
-        layers move or cast their weights (offloading within the model), which act when a block is called.
+        Whether the transformer's modulation is computed apart from its other layers: not where it takes none, or where
+        hooks on blocks or layers move or cast their weights (offloading within the model), which act when a block is
+        called.
         """
-        return hasattr(self.transformer, "compute_modulation") and not any(
+        if "modulation" not in inspect.signature(self.transformer.forward).parameters:
+            return False
+        return not any(
             hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
             for module in self.transformer.transformer_blocks.modules()
         )

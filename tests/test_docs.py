@@ -123,13 +123,15 @@ def test_shown_commands_are_understood(command, after_quickstart, monkeypatch):
     assert args.output_dir.startswith("outputs/")
 
 
-def test_flags_in_text_exist():
+def test_flags_in_text_exist(monkeypatch):
     known = {"config", "help", "config_file", "num_processes", "logdir"}  # of the parser, accelerate and TensorBoard
     known |= {"nproc_per_node", "signals"}  # of torchrun
     known |= {"gpus", "open", "requeue", "signal", "time"}  # of sbatch
     known |= {"kills"}  # of benchmarks/crash_test.py
     scripts = [load_script(name) for name in ("train_softvq", "cache_latents", "train_sit", "linear_probe")]
-    benchmarks = ("tiny_classifier", "metric_behaviour", "published_figures")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmarks = ("tiny_classifier", "metric_behaviour", "published_figures", "check_ratios", "data", "generation")
+    benchmarks += ("scaling", "solvers", "tokenizer", "training")
     scripts += [load_script(name, "benchmarks") for name in benchmarks]
     dataclasses_of_arguments = [arguments_of(script) for script in scripts]
     dataclasses_of_arguments += [ReconstructionArguments, GenerationArguments, ReferenceArguments, InspectionArguments]

@@ -383,7 +383,7 @@ def test_pipeline_offloads_model_by_model():
     pipeline = build_pipeline()
     expected = generate(pipeline)
     assert set(pipeline.model_cpu_offload_seq.split("->")) == {"transformer", "vae"}
-    # the hooks of `enable_model_cpu_offload`: each forward or decode must fire them
+    # the hooks of `enable_model_cpu_offload`: modulation, each forward and decode must fire them
     calls = []
 
     class CountingOffload(accelerate.hooks.CpuOffload):
@@ -394,7 +394,7 @@ def test_pipeline_offloads_model_by_model():
     for model in (pipeline.transformer, pipeline.vae):
         accelerate.hooks.add_hook_to_module(model, CountingOffload(torch.device("cpu")))
     assert torch.equal(generate(pipeline), expected)
-    assert calls == ["DiTTransformer1DModel"] * 2 + ["AutoencoderSoftVQ"]
+    assert calls == ["DiTTransformer1DModel"] * 3 + ["AutoencoderSoftVQ"]
 
 
 def test_pipeline_offloads_layer_by_layer():
