@@ -20,6 +20,14 @@ from softvq_hf.training.preemption import (
 
 
 @pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """A shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def same_handlers_afterwards(accelerator_states):
     before = [signal.getsignal(number) for number in PREEMPTION_SIGNALS]
     yield
