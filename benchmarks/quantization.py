@@ -43,7 +43,7 @@ from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.training.arguments import check_output_dir, parse_args
 
 
-ENDS = ["proj_in", "timestep_embedder", "norm_out", "proj_out"]  # 1% of the weights of SiT-XL
+ENDS = ["proj_in", "timestep_embedder", "norm_out", "proj_out"]  # 0.6% of the weights of SiT-XL
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": torch.float32},
     "bfloat16": {},
