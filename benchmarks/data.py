@@ -78,7 +78,7 @@ class DataBenchmarkArguments:
     step_milliseconds: list[float] = field(
         default_factory=lambda: [50.0, 100.0, 200.0], metadata={"help": "What the accelerator takes for a batch."}
     )
-    num_batches: int = field(default=40, metadata={"help": "Batches that the accelerator takes."})
+    num_batches: int = field(default=16, metadata={"help": "Batches that the accelerator takes."})
     short: bool = field(default=False, metadata={"help": "Two sizes, few images, two rounds, one case of waiting."})
 
     def __post_init__(self) -> None:

@@ -131,6 +131,8 @@ def main(args: CacheLatentsArguments) -> None:
             revision=args.revision,
             max_samples=args.max_train_samples,
             max_unreadable_fraction=args.max_unreadable_fraction,
+            jpeg_draft=args.jpeg_draft,
+            fast_resize=args.fast_resize,
         )
     num_shards = -(-len(dataset) // args.shard_size)
     plan = {
@@ -145,6 +147,8 @@ def main(args: CacheLatentsArguments) -> None:
             "max_samples": args.max_train_samples,
         },
         "resolution": resolution,
+        "jpeg_draft": args.jpeg_draft,
+        "fast_resize": args.fast_resize,
         "mixed_precision": args.mixed_precision,
         "latent_dtype": args.latent_dtype,
         "num_images": len(dataset),

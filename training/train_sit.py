@@ -107,6 +107,8 @@ def main(args: SiTTrainingArguments) -> None:
                 train=True,
                 center_crop=True,
                 max_samples=args.max_train_samples,
+                jpeg_draft=args.jpeg_draft,
+                fast_resize=args.fast_resize,
                 label_column=args.label_column,
                 num_classes=args.num_classes,
                 **args.dataset_options(),

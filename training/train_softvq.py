@@ -74,7 +74,13 @@ def load_datasets(
     """The images to train on and, unless it is off, those to validate on. A tokenizer needs no labels."""
     options = {"label_column": None, **args.dataset_options()}
     train_dataset = load_image_dataset(
-        args.data_source, split=args.train_split, train=True, max_samples=args.max_train_samples, **options
+        args.data_source,
+        split=args.train_split,
+        train=True,
+        max_samples=args.max_train_samples,
+        jpeg_draft=args.jpeg_draft,
+        fast_resize=args.fast_resize,
+        **options,
     )
     if args.validation_steps == 0:
         return train_dataset, None
