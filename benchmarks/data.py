@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from side_by_side import Spread, Timings, markdown_table, write_report
+from side_by_side import Contestant, Spread, Timings, markdown_table, time_in_turn, write_report
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, Lambda, Normalize, RandomHorizontalFlip, ToTensor
@@ -219,18 +219,10 @@ def build_loader(dataset: Dataset, batch_size: int, **options) -> DataLoader:
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn, **options)
 
 
-def time_on_one_core(source: Source, args: DataBenchmarkArguments) -> Timings:
-    """Seconds of this process for loading all images, by contestant, in turn; a first round does not count."""
-    loaders = {name: build_loader(dataset, args.batch_size) for name, dataset in source.contestants.items()}
-    timings = Timings({name: len(loaders[name].dataset) for name in loaders}, {name: [] for name in loaders})
-    for i in range(-1, args.rounds):
-        for name in loaders if i % 2 == 0 else reversed(loaders):
-            started = time.process_time()
-            for _ in loaders[name]:
-                pass
-            if i >= 0:
-                timings.seconds[name].append(time.process_time() - started)
-    return timings
+def load_all(loader: DataLoader) -> None:
+    """One pass through all images."""
+    for _ in loader:
+        pass
 
 
 def measure_waiting(loader: DataLoader, step_seconds: float, num_batches: int) -> tuple[float, float]:
@@ -342,7 +334,9 @@ def main(args: DataBenchmarkArguments) -> None:
 
         # 2. On one core
         for name, source in tqdm(sources.items(), desc="one core", leave=False):
-            timings = time_on_one_core(source, args)
+            loaders = {key: build_loader(dataset, args.batch_size) for key, dataset in source.contestants.items()}
+            passes = {key: Contestant(partial(load_all, loaders[key]), len(loaders[key].dataset)) for key in loaders}
+            timings = time_in_turn(passes, args.rounds, torch.device("cpu"), clock=time.process_time)
             rows += source_rows(name, source, timings)
             for contestant in OPTIONS:
                 ratios[f"{name}.{contestant}.vs_image_folder"] = timings.ratio(contestant, "image_folder")

@@ -8,18 +8,22 @@
 | `sit_xl_32`, `sit_xl_64` | `SoftVQPipeline`, SiT-XL on the 32 or 64 tokens of a SoftVQ tokenizer |
 | `sit_xl_2d` | `SoftVQPipeline`, SiT-XL/2 on the latents of Stable Diffusion's `AutoencoderKL`: 256 or 1024 tokens |
 | `official_32`, `official_64` | the model of `sit_xl_*` in the official loop: see [`sample_in_full_batches`] |
-| `plain_32`, `plain_64` | that loop without its second doubling of the batch |
+| `per_sample_32`, `per_sample_64` | `sit_xl_*`, but the transformer computes its modulation for each sample and step |
 | `dit_xl_diffusers` | diffusers' `DiTPipeline`, DiT-XL/2 on 2-D latents, which guides at every step |
+| `eager_32`, `eager_64`, `eager_2d` | with `--compile`: `sit_xl_*` as they are without `enable_fast_sampling` |
 
 Weights are random, shapes are real, noise is the same. Systems that compute the same must give the same latents before
 anything is timed. The protocol is `--sampler sde` in 250 steps (SiT's and REPA's), or `ode` in 50, guided between the
 times 0 and 0.7. All steps cost the same but for guidance: `--measured_steps` of them are timed, and what they take is
-scaled by the number of samples that pass the transformer. Decoding is timed by itself and added.
+scaled by the number of samples that pass the transformer. Decoding is timed by itself and added; systems with the same
+decoder share its time.
 
 `--output_dir` gets `generation.json` and `generation.md`. Ratios are images per second with decoding, or without it
 (`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`).
 """
 
+import copy
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -34,6 +39,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
     SchedulerMixin,
 )
 from side_by_side import (
@@ -59,8 +65,8 @@ from softvq_hf.training.tokenizer_arguments import SoftVQTrainingArguments
 
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
-# Tokenizers by resolution and tokens: those below the best published figures.
-TOKENIZERS = {256: {32: "softvq_bl_32", 64: "softvq_b_64"}, 512: {64: "softvq_bl_64_512"}}
+# Tokenizers by resolution and tokens: those with the smallest decoder of which generators were published.
+TOKENIZERS = {256: {32: "softvq_b_32", 64: "softvq_b_64"}, 512: {64: "softvq_bl_64_512"}}
 AUTOENCODER_KL = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -86,9 +92,13 @@ class GenerationBenchmarkArguments:
     measured_steps: int | None = field(default=None, metadata={"help": "Steps that are timed; by default all."})
     guidance_scale: float = field(default=1.75, metadata={"help": "Scale of classifier-free guidance, above 1."})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Images at a time."})
+    max_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Leave out batches of more tokens than this, of each system."}
+    )
     rounds: int = field(default=3, metadata={"help": "Timed calls of each."})
     num_layers: int = field(default=28, metadata={"help": "Blocks of every transformer."})
-    compile: bool = field(default=False, metadata={"help": "`enable_fast_sampling` for SoftVQPipeline."})
+    compile: bool = field(default=False, metadata={"help": "`enable_fast_sampling` for `sit_xl_*`, also the 2-D one."})
+    freeze_weights: bool = field(default=False, metadata={"help": "The same with `freeze_weights`, for CPUs."})
     skip: list[str] = field(
         default_factory=list, metadata={"help": "Systems to leave out, such as dit_xl_diffusers and sit_xl_2d."}
     )
@@ -102,6 +112,7 @@ class GenerationBenchmarkArguments:
     def __post_init__(self) -> None:
         if self.short:
             self.num_layers, self.measured_steps, self.batch_sizes, self.rounds = 2, 10, [4], 2
+        self.compile |= self.freeze_weights
         self.tokens = list(TOKENIZERS[self.resolution]) if self.tokens is None else self.tokens
         if not self.tokens or not set(self.tokens) <= set(TOKENIZERS[self.resolution]):
             raise ValueError(
@@ -121,6 +132,12 @@ class GenerationBenchmarkArguments:
             raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers above 1.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"`--batch_sizes` is {self.batch_sizes}, allowed: one or more integers from 1 on.")
+        fewest = min(self.batch_sizes) * (self.resolution // 16) ** 2
+        if self.max_batch_tokens is not None and self.max_batch_tokens < fewest:
+            raise ValueError(
+                f"`--max_batch_tokens` is {self.max_batch_tokens}, allowed: {fewest} or more, the tokens of"
+                f" {min(self.batch_sizes)} 2-D latents."
+            )
         self.device = default_device() if self.device is None else self.device
         self.dtype = default_dtype(self.device) if self.dtype is None else self.dtype
 
@@ -133,10 +150,18 @@ class System:
     Attributes:
         pipeline (`DiffusionPipeline`): Its models.
         sample (`Callable`): Latents of class labels, by `labels`, `num_inference_steps` and `generator`.
+        copies (`int`): How many times the batch is computed.
     """
 
     pipeline: DiffusionPipeline
     sample: Callable[..., torch.Tensor]
+    copies: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one sample."""
+        config = self.pipeline.transformer.config
+        return (config.sample_size // config.patch_size) ** 2 if config.sample_size else config.num_tokens
 
     @torch.no_grad()
     def decode(self, batch_size: int) -> torch.Tensor:
@@ -148,12 +173,22 @@ class System:
         else:
             tokens, channels = vae.config.num_latent_tokens, vae.config.latent_channels
             latents = torch.zeros(batch_size, tokens, channels, device=device, dtype=vae.dtype)
-        return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        if isinstance(self.pipeline, SoftVQPipeline):
+            images = self.pipeline.decode_latents(latents)
+        else:
+            images = vae.decode(latents, return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1)
 
 
 def build_scheduler(sampler: str) -> SchedulerMixin:
     """SiT's samplers on the linear path."""
     return FlowMatchEulerDiscreteScheduler() if sampler == "ode" else StochasticInterpolantScheduler()
+
+
+class PerSamplePipeline(SoftVQPipeline):
+    """`SoftVQPipeline` as it would be if it left the modulation to the transformer."""
+
+    precomputes_modulation = False
 
 
 def in_pipeline(
@@ -177,23 +212,22 @@ def in_pipeline(
 @torch.no_grad()
 def sample_in_full_batches(
     pipeline: SoftVQPipeline,
-    copies: int,
     guidance_scale: float,
     labels: list[int],
     num_inference_steps: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """
-    Latents by a loop without any thrift. With `copies` 2 it is the official one of SoftVQ-VAE: the script gives noise
-    and labels to the sampler twice, the second time with the null class, and the sampler doubles guided batches again;
-    half of the result is thrown away. The state is float64, the transformer computes the modulation of each sample.
+    Latents by the official loop of SoftVQ-VAE: the script gives noise and labels to the sampler twice, the second time
+    with the null class, and the sampler doubles guided batches again; half of the result is thrown away. The state is
+    float64, the transformer computes the modulation of each sample.
     """
     device, scheduler, transformer = pipeline.device, pipeline.scheduler, pipeline.transformer
     null_class = transformer.config.num_classes
     times = pipeline.prepare_timesteps(num_inference_steps, torch.device("cpu"))
     noise = torch.randn(len(labels), *pipeline.latent_shape, generator=generator, device=device)
-    latents = torch.cat([noise] * copies).double()
-    labels = torch.tensor(labels + [null_class] * len(labels) * (copies - 1), device=device)
+    latents = torch.cat([noise, noise]).double()
+    labels = torch.tensor(labels + [null_class] * len(labels), device=device)
     null_labels = torch.full_like(labels, null_class)
     low, high = GUIDANCE_INTERVAL
     for t, time in zip(scheduler.timesteps, times, strict=True):
@@ -229,26 +263,33 @@ def in_dit_pipeline(
     ).images
 
 
+def plain_copy(model: ModelMixin) -> ModelMixin:
+    """The model with the same weights, not copied, that stays as it is where the other one is compiled."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
     """All systems that are to be timed, by name."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     systems = {}
+
+    def add(name: str, pipeline: SoftVQPipeline) -> None:
+        systems[name] = System(pipeline, partial(in_pipeline, pipeline, args.guidance_scale))
+
     for tokens in args.tokens:
         recipe = CONFIGS / f"{TOKENIZERS[args.resolution][tokens]}.yaml"
         config = parse_args(SoftVQTrainingArguments, ["--config", str(recipe)]).model
         vae = random_model(AutoencoderSoftVQ, config, device, dtype)
         shape = {"num_tokens": config["num_latent_tokens"], "in_channels": config["latent_channels"]}
         transformer = random_model(DiTTransformer1DModel, {"num_layers": args.num_layers, **shape}, device, dtype)
-        pipeline = SoftVQPipeline(vae, transformer, build_scheduler(args.sampler))
-        systems[f"sit_xl_{tokens}"] = System(pipeline, partial(in_pipeline, pipeline, args.guidance_scale))
-        # the same weights and scheduler, but never compiled
-        pipeline = SoftVQPipeline(vae, transformer, build_scheduler(args.sampler))
+        scheduler = build_scheduler(args.sampler)
+        add(f"sit_xl_{tokens}", SoftVQPipeline(vae, transformer, scheduler))
+        add(f"per_sample_{tokens}", PerSamplePipeline(vae, transformer, scheduler))
+        plain_pipeline = SoftVQPipeline(plain_copy(vae), plain_copy(transformer), scheduler)
+        sample = partial(sample_in_full_batches, plain_pipeline, args.guidance_scale)
+        systems[f"official_{tokens}"] = System(plain_pipeline, sample, copies=2)
         if args.compile:
-            pipeline.transformer = random_model(DiTTransformer1DModel, transformer.config, device, dtype)
-            pipeline.transformer.load_state_dict(transformer.state_dict())
-        for name, copies in {"official": 2, "plain": 1}.items():
-            sample = partial(sample_in_full_batches, pipeline, copies, args.guidance_scale)
-            systems[f"{name}_{tokens}"] = System(pipeline, sample)
+            add(f"eager_{tokens}", plain_pipeline)
 
     needs_2d = not {"sit_xl_2d", "dit_xl_diffusers"} <= set(args.skip)
     if needs_2d:
@@ -262,8 +303,10 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
             "sample_size": args.resolution // 8,
         }
         transformer = random_model(DiTTransformer1DModel, config, device, dtype)
-        pipeline = SoftVQPipeline(autoencoder, transformer, build_scheduler(args.sampler))
-        systems["sit_xl_2d"] = System(pipeline, partial(in_pipeline, pipeline, args.guidance_scale))
+        scheduler = build_scheduler(args.sampler)
+        add("sit_xl_2d", SoftVQPipeline(autoencoder, transformer, scheduler))
+        if args.compile:
+            add("eager_2d", SoftVQPipeline(plain_copy(autoencoder), plain_copy(transformer), scheduler))
     if "dit_xl_diffusers" not in args.skip:
         config = {
             "num_layers": args.num_layers,
@@ -278,8 +321,8 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
 
     for name, system in systems.items():
         system.pipeline.set_progress_bar_config(disable=True)
-        if args.compile and isinstance(system.pipeline, SoftVQPipeline) and name.startswith("sit_xl"):
-            system.pipeline.enable_fast_sampling()
+        if args.compile and name.startswith(("sit_xl", "per_sample")):
+            system.pipeline.enable_fast_sampling(freeze_weights=args.freeze_weights)
     return {name: system for name, system in systems.items() if name not in args.skip}
 
 
@@ -295,7 +338,8 @@ def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) 
     """
     differences = {}
     for tokens in args.tokens:
-        names = [name for name in (f"sit_xl_{tokens}", f"official_{tokens}", f"plain_{tokens}") if name in systems]
+        names = [f"{name}_{tokens}" for name in ("sit_xl", "per_sample", "official", "eager")]
+        names = [name for name in names if name in systems]
         latents = {}
         for name in names:
             pipeline = systems[name].pipeline
@@ -320,7 +364,19 @@ def num_samples(system: System, num_inference_steps: int) -> int:
         return 2 * num_inference_steps
     times = system.pipeline.prepare_timesteps(num_inference_steps, torch.device("cpu"))
     low, high = GUIDANCE_INTERVAL
-    return sum(2 if low <= time <= high else 1 for time in times)
+    return system.copies * sum(2 if low <= time <= high else 1 for time in times)
+
+
+def batch_sizes(args: GenerationBenchmarkArguments, system: System) -> list[int]:
+    """Those at which a system is timed."""
+    largest = math.inf if args.max_batch_tokens is None else args.max_batch_tokens // system.num_tokens
+    return [batch_size for batch_size in args.batch_sizes if batch_size <= largest]
+
+
+def timed_decoders(systems: dict[str, System]) -> dict[str, str]:
+    """By system, the first one that has the same decoder: decoding is timed there."""
+    first = {id(systems[name].pipeline.vae): name for name in reversed(systems)}
+    return {name: first[id(system.pipeline.vae)] for name, system in systems.items()}
 
 
 def scale_to_protocol(args: GenerationBenchmarkArguments, systems: dict[str, System], timings: Timings) -> Timings:
@@ -328,12 +384,12 @@ def scale_to_protocol(args: GenerationBenchmarkArguments, systems: dict[str, Sys
     Seconds for whole images from those of `--measured_steps` and of decoding, round by round: "<system>@<batch size>",
     and without decoding "<system>.latents@<batch size>".
     """
-    whole = Timings({})
+    whole, decoders = Timings({}), timed_decoders(systems)
     for name, system in systems.items():
         factor = num_samples(system, args.num_inference_steps) / num_samples(system, args.measured_steps)
-        for batch_size in args.batch_sizes:
+        for batch_size in batch_sizes(args, system):
             sampling = timings.seconds[f"{name}.sample@{batch_size}"]
-            decoding = timings.seconds[f"{name}.decode@{batch_size}"]
+            decoding = timings.seconds[f"{decoders[name]}.decode@{batch_size}"]
             if isinstance(system.pipeline, DiTPipeline):  # has decoded as well
                 sampling = [both - decode for both, decode in zip(sampling, decoding, strict=True)]
             latents = [factor * seconds for seconds in sampling]
@@ -348,50 +404,58 @@ def compare(args: GenerationBenchmarkArguments, systems: dict[str, System], whol
     ratios = {}
     for tokens in args.tokens:
         name = f"sit_xl_{tokens}"
-        for other in (f"official_{tokens}", f"plain_{tokens}", "sit_xl_2d", "dit_xl_diffusers"):
+        others = [f"{other}_{tokens}" for other in ("per_sample", "official", "eager")]
+        for other in (*others, "sit_xl_2d", "eager_2d", "dit_xl_diffusers"):
             if other not in systems:
                 continue
             for part in ("", ".latents"):
-                own, baseline = (best_batch(f"{one}{part}", args, whole) for one in (name, other))
+                own, baseline = best_batch(f"{name}{part}", whole), best_batch(f"{other}{part}", whole)
                 ratios[f"{name}.vs_{other}{part}"] = whole.ratio(own, baseline)
-            for batch_size in args.batch_sizes:
+            for batch_size in batch_sizes(args, systems[name]):
+                if batch_size not in batch_sizes(args, systems[other]):
+                    continue
                 ratios[f"{name}.vs_{other}.latents.batch_{batch_size}"] = whole.ratio(
                     f"{name}.latents@{batch_size}", f"{other}.latents@{batch_size}"
                 )
     return ratios
 
 
-def best_batch(name: str, args: GenerationBenchmarkArguments, whole: Timings) -> str:
+def best_batch(name: str, whole: Timings) -> str:
     """`name` at the batch size at which it makes most images per second."""
-    return max((f"{name}@{batch_size}" for batch_size in args.batch_sizes), key=lambda name: whole.rate(name).median)
+    return max((key for key in whole.seconds if key.startswith(f"{name}@")), key=lambda key: whole.rate(key).median)
 
 
 def main(args: GenerationBenchmarkArguments) -> None:
     """Build the systems, compare what they compute, time them in turn, and write the result."""
     check_output_dir(args.output_dir)
+    # Many models are compiled here, for many batch sizes; beyond these limits calls would silently not be.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 64, 4096
     device = torch.device(args.device)
     systems = build_systems(args)
     differences = check_equal(args, systems)
 
-    contestants = {}
-    for batch_size in args.batch_sizes:
-        labels = [(37 * i) % 1000 for i in range(batch_size)]
-        for name, system in systems.items():
-            generator = torch.Generator(device).manual_seed(0)
+    contestants, decoders = {}, timed_decoders(systems)
+    for name, system in systems.items():
+        for batch_size in batch_sizes(args, system):
             sample = partial(
-                system.sample, labels=labels, num_inference_steps=args.measured_steps, generator=generator
+                system.sample,
+                labels=[(37 * i) % 1000 for i in range(batch_size)],
+                num_inference_steps=args.measured_steps,
+                generator=torch.Generator(device).manual_seed(0),
             )
             contestants[f"{name}.sample@{batch_size}"] = Contestant(sample, batch_size)
-            contestants[f"{name}.decode@{batch_size}"] = Contestant(partial(system.decode, batch_size), batch_size)
+            if decoders[name] == name:
+                decode = partial(system.decode, batch_size)
+                contestants[f"{name}.decode@{batch_size}"] = Contestant(decode, batch_size)
     timings = time_in_turn(contestants, args.rounds, device)
     whole = scale_to_protocol(args, systems, timings)
     ratios = compare(args, systems, whole)
 
     rows, measurements = [], {"differences": differences, "seconds": timings.seconds}
     for name, system in systems.items():
-        best = best_batch(name, args, whole)
+        best = best_batch(name, whole)
         batch_size = best.partition("@")[2]
-        calls = [contestants[f"{name}.{part}@{batch_size}"].call for part in ("sample", "decode")]
+        calls = [contestants[f"{key}@{batch_size}"].call for key in (f"{name}.sample", f"{decoders[name]}.decode")]
         memory = max(working_memory(call, device) for call in calls)
         models = system.pipeline.transformer, system.pipeline.vae
         measurements[name] = {

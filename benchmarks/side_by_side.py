@@ -4,6 +4,7 @@ The speed of a machine drifts, and other programs disturb it. Contestants are th
 round, and compared within each round; the median over the rounds is the result, smallest and largest are its spread.
 """
 
+import ctypes
 import gc
 import json
 import statistics
@@ -18,9 +19,9 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from softvq_hf.evaluation.accelerator import build_accelerator
 from softvq_hf.training.logging import hardware_record, library_versions, write_atomically
 
 
@@ -113,7 +114,13 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def time_in_turn(contestants: Mapping[str, Contestant], rounds: int, device: torch.device, warmup: int = 1) -> Timings:
+def time_in_turn(
+    contestants: Mapping[str, Contestant],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
     """
     Time contestants in turn. The order is reversed from round to round.
 
@@ -122,6 +129,8 @@ def time_in_turn(contestants: Mapping[str, Contestant], rounds: int, device: tor
         rounds (`int`): Timed calls of each.
         device (`torch.device`): Where they compute.
         warmup (`int`, *optional*, defaults to 1): Calls of each before, which do not count.
+        clock (`Callable`, *optional*, defaults to `time.perf_counter`):
+            Seconds; `time.process_time` counts those of all threads of this process.
 
     Returns:
         [`Timings`]
@@ -140,11 +149,11 @@ def time_in_turn(contestants: Mapping[str, Contestant], rounds: int, device: tor
             for name in names if i % 2 == 0 else reversed(names):
                 progress.set_description(name)
                 synchronize(device)
-                started = time.perf_counter()
+                started = clock()
                 contestants[name].call()
                 synchronize(device)
                 if i >= 0:
-                    timings.seconds[name].append(time.perf_counter() - started)
+                    timings.seconds[name].append(clock() - started)
                 progress.update()
     return timings
 
@@ -152,7 +161,8 @@ def time_in_turn(contestants: Mapping[str, Contestant], rounds: int, device: tor
 def working_memory(call: Callable[[], object], device: torch.device) -> int:
     """
     The most bytes that a call holds beyond what was held before it: what `device` has allocated, or, on the CPU, the
-    resident set of the process, looked at every 5 ms.
+    resident set of the process, looked at every 5 ms. The C library would keep what was freed before, and so hide what
+    the call takes: with glibc it is made to give that back to the system first.
     """
     gc.collect()
     if device.type == "cuda":
@@ -168,6 +178,8 @@ def working_memory(call: Callable[[], object], device: torch.device) -> int:
         while not done.wait(0.005):
             peak = max(peak, process.memory_info().rss)
 
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     before = process.memory_info().rss
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -215,7 +227,7 @@ def write_report(
         "settings": dict(settings),
         "measurements": dict(measurements),
         "versions": library_versions(),
-        "hardware": hardware_record(build_accelerator())
+        "hardware": hardware_record(Accelerator(cpu=not torch.accelerator.is_available()))
         | {"threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()},
         "command": sys.argv,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from side_by_side import (
     Contestant,
     Spread,
@@ -348,7 +347,6 @@ def main(args: TrainingBenchmarkArguments) -> None:
         ["times as many images per second", "median (smallest to largest)"],
         [[key, ratio] for key, ratio in ratios.items() if ".vs_" in key],
     )
-    AcceleratorState._reset_state()  # the report names the hardware through one without mixed precision
     write_report(args.output_dir, "training", table, ratios, settings, measurements)
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class SoftVQPipeline(DiffusionPipeline):
             id2label = {int(class_id): name for class_id, name in id2label.items()}  # JSON has string keys only
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor()
+        self._freeze_weights = False
 
     @classmethod
     def load_config(
@@ -252,7 +254,7 @@ class SoftVQPipeline(DiffusionPipeline):
             create_pr=create_pr,
         )
 
-    def enable_fast_sampling(self, mode: str | None = None) -> None:
+    def enable_fast_sampling(self, mode: str | None = None, freeze_weights: bool = False) -> None:
         r"""
         Compile what is run again and again: the blocks of the transformer and of the tokenizer, one block of each kind
         (regional compilation); convolutional tokenizers get the `channels_last` memory format as well. The first calls
@@ -261,11 +263,24 @@ class SoftVQPipeline(DiffusionPipeline):
         Args:
             mode (`str`, *optional*):
                 As in `torch.compile`: `"max-autotune-no-cudagraphs"` searches for faster kernels on GPUs.
+            freeze_weights (`bool`, *optional*, defaults to `False`):
+                Whether compiled blocks keep the weights of now, in the order in which the processor multiplies them:
+                for CPUs. Changes of weights, such as by a LoRA, may have no effect on them afterwards. It takes the
+                memory of the blocks' weights once more, and every block is compiled by itself.
         """
         self.transformer.compile_repeated_blocks(mode=mode)
         if getattr(self.vae, "_repeated_blocks", None):
             self.vae.compile_repeated_blocks(mode=mode)
         self.vae.to(memory_format=torch.channels_last)
+        self._freeze_weights = freeze_weights
+
+    def compile_options(self) -> AbstractContextManager:
+        """What holds while blocks are called, and therefore while they are compiled."""
+        if not self._freeze_weights:
+            return nullcontext()
+        import torch._inductor.config  # takes time, and is not there where torch has no compiler
+
+        return torch._inductor.config.patch(freezing=True)
 
     @property
     def guidance_scale(self) -> float:
@@ -624,13 +639,14 @@ class SoftVQPipeline(DiffusionPipeline):
         if modulation is not None:
             classes, rows = modulation
             model_kwargs["modulation"] = rows[torch.searchsorted(classes, class_labels)]
-        prediction = self.transformer(
-            latents.to(self.transformer.dtype),
-            timestep=timestep.expand(len(latents)),
-            class_labels=class_labels,
-            return_dict=False,
-            **model_kwargs,
-        )[0].float()
+        with self.compile_options():
+            prediction = self.transformer(
+                latents.to(self.transformer.dtype),
+                timestep=timestep.expand(len(latents)),
+                class_labels=class_labels,
+                return_dict=False,
+                **model_kwargs,
+            )[0].float()
         if not guided:
             return prediction
 
@@ -682,7 +698,8 @@ class SoftVQPipeline(DiffusionPipeline):
             latents = self.vae.unscale_latent(latents)
         else:  # AutoencoderKL
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        with self.compile_options():
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
     @torch.no_grad()
     def __call__(

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -94,12 +95,14 @@ def generation(load):
 
 @pytest.fixture
 def systems(generation, tiny_pipeline):
-    """A tiny pipeline, and the loops without thrift on its models."""
+    """A tiny pipeline, and what thrift leaves out on its models."""
     pipeline = tiny_pipeline()
+    per_sample = generation.PerSamplePipeline(**pipeline.components)
+    official = partial(generation.sample_in_full_batches, pipeline, 2.0)
     return {
         "sit_xl_64": generation.System(pipeline, partial(generation.in_pipeline, pipeline, 2.0)),
-        "official_64": generation.System(pipeline, partial(generation.sample_in_full_batches, pipeline, 2, 2.0)),
-        "plain_64": generation.System(pipeline, partial(generation.sample_in_full_batches, pipeline, 1, 2.0)),
+        "per_sample_64": generation.System(per_sample, partial(generation.in_pipeline, per_sample, 2.0)),
+        "official_64": generation.System(pipeline, official, copies=2),
     }
 
 
@@ -110,9 +113,9 @@ def arguments(generation, tmp_path):
     )
 
 
-def test_loops_without_thrift_give_the_same_latents(generation, systems, arguments):
+def test_thrift_changes_no_latents(generation, systems, arguments):
     differences = generation.check_equal(arguments, systems)
-    assert set(differences) == {"official_64", "plain_64"}
+    assert set(differences) == {"official_64", "per_sample_64"}
     assert max(differences.values()) < 1e-5
 
 
@@ -120,19 +123,31 @@ def test_systems_that_differ_are_not_timed(generation, systems, arguments, tiny_
     other = tiny_pipeline()
     with torch.no_grad():
         other.transformer.proj_out.bias.add_(0.1)
-    systems["plain_64"] = generation.System(other, partial(generation.sample_in_full_batches, other, 1, 2.0))
-    with pytest.raises(ValueError, match="The latents of plain_64 and sit_xl_64 differ by"):
+    systems["official_64"] = generation.System(other, partial(generation.sample_in_full_batches, other, 2.0))
+    with pytest.raises(ValueError, match="The latents of official_64 and sit_xl_64 differ by"):
         generation.check_equal(arguments, systems)
 
 
-@pytest.mark.parametrize(("copies", "factor"), [(1, 1), (2, 2)])
-def test_official_loop_doubles_every_batch(generation, tiny_pipeline, copies, factor):
+def test_official_loop_doubles_every_batch(generation, tiny_pipeline):
     pipeline = tiny_pipeline()
     batches = []
     pipeline.transformer.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
     generator = torch.Generator().manual_seed(0)
-    generation.sample_in_full_batches(pipeline, copies, 2.0, [0, 1, 2], 10, generator)
-    assert batches == [3 * factor] * 3 + [6 * factor] * 7
+    generation.sample_in_full_batches(pipeline, 2.0, [0, 1, 2], 10, generator)
+    assert batches == [6] * 3 + [12] * 7
+
+
+def test_modulation_of_each_sample_is_left_to_the_transformer(systems):
+    """Each system's call of the transformer gets a modulation, or none."""
+    given = {}
+    for name in ("sit_xl_64", "per_sample_64"):
+        pipeline = systems[name].pipeline
+        hook = pipeline.transformer.register_forward_pre_hook(
+            lambda _, arguments, options, name=name: given.update({name: "modulation" in options}), with_kwargs=True
+        )
+        systems[name].sample(labels=[1], num_inference_steps=2, generator=torch.Generator())
+        hook.remove()
+    assert given == {"sit_xl_64": True, "per_sample_64": False}
 
 
 @pytest.mark.parametrize(
@@ -142,21 +157,30 @@ def test_official_loop_doubles_every_batch(generation, tiny_pipeline, copies, fa
 def test_number_of_samples_through_the_transformer(generation, tiny_pipeline, scheduler, steps, expected):
     system = generation.System(tiny_pipeline(scheduler), sample=None)
     assert generation.num_samples(system, steps) == expected
+    assert generation.num_samples(replace(system, copies=2), steps) == 2 * expected
 
 
 def test_measured_steps_are_scaled_to_the_protocol(generation, systems, arguments):
     timings = generation.Timings({})
-    for name, seconds in {"sit_xl_64": 1.7, "official_64": 3.4, "plain_64": 1.7}.items():
+    for name, seconds in {"sit_xl_64": 1.7, "official_64": 3.4, "per_sample_64": 1.7}.items():
         for batch_size in (1, 2):
             timings.seconds[f"{name}.sample@{batch_size}"] = [seconds, seconds]
-            timings.seconds[f"{name}.decode@{batch_size}"] = [1.5, 0.5]
+    for batch_size in (1, 2):  # all have the same decoder
+        timings.seconds[f"sit_xl_64.decode@{batch_size}"] = [1.5, 0.5]
     whole = generation.scale_to_protocol(arguments, systems, timings)
     assert whole.seconds["sit_xl_64.latents@1"] == pytest.approx([8.5, 8.5])  # 17 samples in 10 steps, 85 in 50
     assert whole.seconds["sit_xl_64@1"] == pytest.approx([10.0, 9.0])
     ratios = generation.compare(arguments, systems, whole)
     assert ratios["sit_xl_64.vs_official_64.latents"].median == pytest.approx(2.0)
     assert ratios["sit_xl_64.vs_official_64"].max == pytest.approx(17.5 / 9)
-    assert ratios["sit_xl_64.vs_plain_64.latents.batch_2"].median == pytest.approx(1.0)
+    assert ratios["sit_xl_64.vs_per_sample_64.latents.batch_2"].median == pytest.approx(1.0)
+
+
+def test_batches_of_too_many_tokens_are_left_out(generation, tiny_pipeline, arguments):
+    system = generation.System(tiny_pipeline(), sample=None)
+    assert generation.batch_sizes(arguments, system) == [1, 2]
+    arguments = replace(arguments, max_batch_tokens=256, batch_sizes=[1, 25, 26])
+    assert generation.batch_sizes(arguments, system) == [1, 25]  # of 10 tokens each
 
 
 @pytest.mark.parametrize(
@@ -166,6 +190,7 @@ def test_measured_steps_are_scaled_to_the_protocol(generation, systems, argument
         ({"measured_steps": 51}, "`--measured_steps` is 51, allowed: 1 to `--num_inference_steps`, 50"),
         ({"guidance_scale": 1.0}, "`--guidance_scale` is 1.0, allowed"),
         ({"batch_sizes": [0]}, r"`--batch_sizes` is \[0\], allowed"),
+        ({"max_batch_tokens": 255}, "`--max_batch_tokens` is 255, allowed: 256 or more"),
     ],
 )
 def test_generation_arguments_that_cannot_work(generation, tmp_path, values, message):

@@ -120,13 +120,14 @@ def test_nothing_is_read_back_while_sampling(tiny_pipeline, scheduler, transform
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("freeze_weights", [False, True])
 @pytest.mark.parametrize("sampler", ["euler", "em_cosine"])
-def test_fast_sampling_keeps_the_reference_trajectories(golden, tiny_pipeline, sampler):
+def test_fast_sampling_keeps_the_reference_trajectories(golden, tiny_pipeline, sampler, freeze_weights):
     reference, tensors = golden("sit")
     weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
     pipeline = tiny_pipeline()
     pipeline.register_modules(transformer=convert_checkpoint("sit", weights, reference["config"]))
-    pipeline.enable_fast_sampling()
+    pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
     if sampler == "em_cosine":
         noise = iter(tensors["input.noise"])
         pipeline.scheduler = StochasticInterpolantScheduler(path_type="cosine")
@@ -150,10 +151,24 @@ def test_fast_sampling_keeps_the_reference_trajectories(golden, tiny_pipeline, s
 
 
 @pytest.mark.slow
-def test_fast_sampling_decodes_the_same_images(tiny_pipeline):
+@pytest.mark.parametrize("freeze_weights", [False, True])
+def test_fast_sampling_decodes_the_same_images(tiny_pipeline, freeze_weights):
     latents = torch.randn(2, 10, 6)
     expected = tiny_pipeline()([0, 1], latents=latents, num_inference_steps=2, output_type="pt").images
     pipeline = tiny_pipeline()
-    pipeline.enable_fast_sampling()
+    pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
     images = pipeline([0, 1], latents=latents, num_inference_steps=2, output_type="pt").images
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze_weights", [False, True])
+def test_weights_are_frozen_while_blocks_are_called(tiny_pipeline, freeze_weights, monkeypatch):
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *arguments, **options: None)  # nothing to compile for this
+    pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
+    seen = []
+    for module in (pipeline.transformer, pipeline.vae.decoder):
+        module.register_forward_pre_hook(lambda *_: seen.append(torch._inductor.config.freezing))
+    pipeline([0], num_inference_steps=2, output_type="pt")
+    assert seen == [freeze_weights] * 3
+    assert not torch._inductor.config.freezing
