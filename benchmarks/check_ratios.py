@@ -3,8 +3,9 @@
     make bench                                     # or: python benchmarks/check_ratios.py
     python benchmarks/check_ratios.py --update     # store what was measured
 
-Ratios are stored, not seconds, by dtype, since machines differ less in them. The exit status is 1 if one has fallen by
-more than `--tolerance`: if even its largest value over the rounds is below the stored median times 1 - tolerance.
+Ratios are stored, not seconds, by kind of device and dtype, since machines differ less in them. The exit status is 1
+if one has fallen by more than `--tolerance`, so that even its largest value over the rounds is below the stored median
+times 1 - tolerance, or if there is nothing stored to compare with.
 """
 
 import json
@@ -21,7 +22,7 @@ from softvq_hf.training.arguments import check_output_dir, parse_args
 
 FOLDER = Path(__file__).parent
 STORED = FOLDER / "ratios.json"
-SCRIPTS = ("generation", "tokenizer", "training", "data", "scaling")
+SCRIPTS = ("generation", "tokenizer", "training", "data", "scaling", "solvers")
 
 
 @dataclass(kw_only=True)
@@ -67,7 +68,8 @@ def compare(
 def main(args: CheckRatiosArguments) -> int:
     """Run, compare or store, and return the exit status."""
     check_output_dir(args.output_dir)
-    dtype = default_dtype(default_device())
+    device = default_device()
+    kind = f"{device} {default_dtype(device)}"
     stored = json.loads(STORED.read_text(encoding="utf-8")) if STORED.is_file() else {}
     all_rows, all_faults = [], []
     for script in args.scripts:
@@ -76,11 +78,14 @@ def main(args: CheckRatiosArguments) -> int:
         report = json.loads((Path(args.output_dir) / f"{script}.json").read_text(encoding="utf-8"))
         if args.update:
             medians = {name: round(ratio["median"], 3) for name, ratio in report["ratios"].items()}
-            stored.setdefault(dtype, {})[script] = medians
-        rows, faults = compare(report["ratios"], stored.get(dtype, {}).get(script, {}), args.tolerance)
+            stored.setdefault(kind, {})[script] = medians
+        before = stored.get(kind, {}).get(script)
+        if before is None:
+            all_faults.append(f"{script}: no ratios are stored for {kind!r}. `--update` stores those of now.")
+        rows, faults = compare(report["ratios"], before or {}, args.tolerance)
         all_rows += [[script, *row] for row in rows]
         all_faults += [f"{script}: {fault}" for fault in faults]
-    print(markdown_table(["script", "ratio", "measured", f"stored for {dtype}"], all_rows))
+    print(markdown_table(["script", "ratio", "measured", f"stored for {kind}"], all_rows))
     if args.update:
         STORED.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for fault in all_faults:

@@ -11,12 +11,15 @@
 | `per_sample_32`, `per_sample_64` | `sit_xl_*`, but the transformer computes its modulation for each sample and step |
 | `dit_xl_diffusers` | diffusers' `DiTPipeline`, DiT-XL/2 on 2-D latents, which guides at every step |
 | `eager_32`, `eager_64`, `eager_2d` | with `--compile`: `sit_xl_*` as they are without `enable_fast_sampling` |
+| `mar_b_64` | with `--mar`: `MARPipeline`, MAR-B on 64 tokens, `--num_mar_steps` steps, each with a chain of 100 |
+| `official_mar_b_64` | with `--mar`: the model of `mar_b_64` in the official loop, see [`sample_mar_in_full`] |
+| `sit_b_64` | with `--mar`: `SoftVQPipeline`, SiT-B on 64 tokens |
 
 Weights are random, shapes are real, noise is the same. Systems that compute the same must give the same latents before
 anything is timed. The protocol is `--sampler sde` in 250 steps (SiT's and REPA's), or `ode` in 50, guided between the
 times 0 and 0.7. All steps cost the same but for guidance: `--measured_steps` of them are timed, and what they take is
-scaled by the number of samples that pass the transformer. Decoding is timed by itself and added; systems with the same
-decoder share its time.
+scaled by the number of samples that pass the transformer. MAR is timed as a whole, guided linearly. Decoding is timed
+by itself and added; systems with the same decoder share its time.
 
 `--output_dir` gets `generation.json` and `generation.md`. Ratios are images per second with decoding, or without it
 (`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`).
@@ -58,9 +61,12 @@ from side_by_side import (
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
+from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from softvq_hf.training.arguments import check_output_dir, parse_args
+from softvq_hf.training.generator import build_token_scheduler
 from softvq_hf.training.tokenizer_arguments import SoftVQTrainingArguments
 
 
@@ -95,12 +101,15 @@ class GenerationBenchmarkArguments:
     max_batch_tokens: int | None = field(
         default=None, metadata={"help": "Leave out batches of more tokens than this, of each system."}
     )
+    mar: bool = field(default=False, metadata={"help": "Time MAR-B on 64 tokens, and SiT-B, too."})
+    num_mar_steps: int = field(default=64, metadata={"help": "Autoregressive steps of MAR."})
     rounds: int = field(default=3, metadata={"help": "Timed calls of each."})
     num_layers: int = field(default=28, metadata={"help": "Blocks of every transformer."})
     compile: bool = field(default=False, metadata={"help": "`enable_fast_sampling` for `sit_xl_*`, also the 2-D one."})
     freeze_weights: bool = field(default=False, metadata={"help": "The same with `freeze_weights`, for CPUs."})
     skip: list[str] = field(
-        default_factory=list, metadata={"help": "Systems to leave out, such as dit_xl_diffusers and sit_xl_2d."}
+        default_factory=list,
+        metadata={"help": "Systems to leave out, such as dit_xl_diffusers; not sit_xl_32 and _64."},
     )
     device: str | None = field(default=None, metadata={"help": "By default the accelerator, where there is one."})
     dtype: str | None = field(
@@ -112,6 +121,7 @@ class GenerationBenchmarkArguments:
     def __post_init__(self) -> None:
         if self.short:
             self.num_layers, self.measured_steps, self.batch_sizes, self.rounds = 2, 10, [4], 2
+            self.mar, self.num_mar_steps = self.resolution == 256, 4
         self.compile |= self.freeze_weights
         self.tokens = list(TOKENIZERS[self.resolution]) if self.tokens is None else self.tokens
         if not self.tokens or not set(self.tokens) <= set(TOKENIZERS[self.resolution]):
@@ -128,6 +138,10 @@ class GenerationBenchmarkArguments:
                 f"`--measured_steps` is {self.measured_steps}, allowed: 1 to `--num_inference_steps`,"
                 f" {self.num_inference_steps}."
             )
+        if self.num_mar_steps < 1:
+            raise ValueError(f"`--num_mar_steps` is {self.num_mar_steps}, allowed: integers from 1 on.")
+        if self.mar and (self.resolution != 256 or 64 not in self.tokens):
+            raise ValueError("`--mar` is true, allowed: with `--resolution` 256 and 64 in `--tokens`.")
         if self.guidance_scale <= 1:
             raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers above 1.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -138,6 +152,10 @@ class GenerationBenchmarkArguments:
                 f"`--max_batch_tokens` is {self.max_batch_tokens}, allowed: {fewest} or more, the tokens of"
                 f" {min(self.batch_sizes)} 2-D latents."
             )
+        allowed = {f"{name}_{tokens}" for name in ("per_sample", "official", "eager") for tokens in self.tokens}
+        allowed |= {"sit_xl_2d", "eager_2d", "dit_xl_diffusers", "mar_b_64", "official_mar_b_64", "sit_b_64"}
+        if not set(self.skip) <= allowed:
+            raise ValueError(f"`--skip` is {self.skip}, allowed: some of {sorted(allowed)}.")
         self.device = default_device() if self.device is None else self.device
         self.dtype = default_dtype(self.device) if self.dtype is None else self.dtype
 
@@ -151,11 +169,13 @@ class System:
         pipeline (`DiffusionPipeline`): Its models.
         sample (`Callable`): Latents of class labels, by `labels`, `num_inference_steps` and `generator`.
         copies (`int`): How many times the batch is computed.
+        num_guided_steps (`int`, *optional*): Steps, all of them guided, where they do not depend on the protocol.
     """
 
     pipeline: DiffusionPipeline
     sample: Callable[..., torch.Tensor]
     copies: int = 1
+    num_guided_steps: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -173,10 +193,10 @@ class System:
         else:
             tokens, channels = vae.config.num_latent_tokens, vae.config.latent_channels
             latents = torch.zeros(batch_size, tokens, channels, device=device, dtype=vae.dtype)
-        if isinstance(self.pipeline, SoftVQPipeline):
-            images = self.pipeline.decode_latents(latents)
-        else:
+        if isinstance(self.pipeline, DiTPipeline):
             images = vae.decode(latents, return_dict=False)[0]
+        else:
+            images = self.pipeline.decode_latents(latents)
         return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -246,6 +266,84 @@ def sample_in_full_batches(
     return latents[: len(noise)].float()
 
 
+def in_mar_pipeline(
+    pipeline: MARPipeline,
+    guidance_scale: float,
+    num_mar_steps: int,
+    labels: list[int],
+    num_inference_steps: int,
+    generator: torch.Generator,
+    **draws: torch.Tensor,
+) -> torch.Tensor:
+    """Latents by `MARPipeline`, in `num_mar_steps` whatever `num_inference_steps` is."""
+    return pipeline(
+        labels,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_mar_steps,
+        generator=generator,
+        output_type="latent",
+        **draws,
+    ).images
+
+
+@torch.no_grad()
+def sample_mar_in_full(
+    pipeline: MARPipeline,
+    guidance_scale: float,
+    num_mar_steps: int,
+    labels: list[int],
+    num_inference_steps: int,
+    generator: torch.Generator,
+    orders: torch.Tensor | None = None,
+    token_noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Latents by the official loop of MAR: the decoder gives conditions for all positions, of which those of the step are
+    taken; the chain of tokens computes what it makes of times and conditions for each row in each of its steps, and
+    draws noise for both halves of the guided batch.
+    """
+    transformer, scheduler, device = pipeline.transformer, pipeline.scheduler, pipeline.device
+    num_tokens, channels = transformer.num_tokens, transformer.token_channels
+    if orders is None:
+        orders = torch.rand(len(labels), num_tokens, generator=generator, device=device).argsort(dim=1)
+    null_labels = [transformer.config.num_classes] * len(labels)
+    class_labels = torch.tensor(labels + null_labels, device=device)
+    scheduler.set_timesteps(100)
+    latents = torch.zeros(len(labels), num_tokens, channels, device=device)
+    num_unknown = num_tokens
+    for remaining, scale in pipeline.plan_steps(num_mar_steps, guidance_scale, "linear"):
+        visible = orders[:, num_unknown:].sort(dim=1).values
+        predicted = orders[:, remaining:num_unknown].sort(dim=1).values
+        conditions = transformer(
+            latents.repeat(2, 1, 1).to(transformer.dtype), class_labels, visible_positions=visible.repeat(2, 1)
+        ).conditions
+        index = predicted.repeat(2, 1)[:, :, None]
+        conditions = conditions.gather(1, index.expand(-1, -1, conditions.shape[-1])).flatten(0, 1)
+
+        index = predicted[:, :, None].expand(-1, -1, channels)
+        if token_noise is None:
+            noise = torch.randn(101, 2 * len(labels), predicted.shape[1], channels, generator=generator, device=device)
+        else:
+            noise = token_noise.gather(2, index.expand(101, -1, -1, -1)).repeat(1, 2, 1, 1)
+        noise = noise.flatten(1, 2)
+        tokens = noise[0]
+        for i, timestep in enumerate(scheduler.timesteps.tolist()):
+            half = tokens.chunk(2)[0]
+            rows = torch.full((len(tokens),), timestep, device=device)
+            conditioning = transformer.embed_timesteps(rows) + transformer.embed_conditions(conditions)
+            prediction = transformer.denoise(
+                torch.cat([half, half]).to(transformer.dtype), conditioning=conditioning
+            ).float()
+            predicted_noise, variance = prediction.chunk(2, dim=1)
+            conditional, unconditional = predicted_noise.chunk(2)
+            guided = unconditional + scale * (conditional - unconditional)
+            prediction = torch.cat([torch.cat([guided, guided]), variance], dim=1)
+            tokens = scheduler.step(prediction, timestep, tokens, variance_noise=noise[i + 1], return_dict=False)[0]
+        latents = latents.scatter(1, index, tokens.chunk(2)[0].unflatten(0, (len(labels), -1)))
+        num_unknown = remaining
+    return latents
+
+
 def in_dit_pipeline(
     pipeline: DiTPipeline,
     guidance_scale: float,
@@ -291,6 +389,23 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
         if args.compile:
             add(f"eager_{tokens}", plain_pipeline)
 
+    if args.mar:
+        vae = systems["sit_xl_64"].pipeline.vae
+        num_layers = min(args.num_layers, 12)
+        config = {"num_layers": num_layers, "num_attention_heads": 12, "attention_head_dim": 64}
+        add("sit_b_64", SoftVQPipeline(vae, random_model(DiTTransformer1DModel, config, device, dtype), scheduler))
+        config = {"encoder_num_layers": num_layers, "decoder_num_layers": num_layers}
+        transformer = random_model(MARTransformer1DModel, config, device, dtype)
+        # a network of random weights predicts data out of all range, which is left out
+        chain = build_token_scheduler(clip_sample_range=6.0)
+        settings = args.guidance_scale, args.num_mar_steps
+        pipeline = MARPipeline(vae, transformer, chain)
+        systems["mar_b_64"] = System(pipeline, partial(in_mar_pipeline, pipeline, *settings), 1, args.num_mar_steps)
+        pipeline = MARPipeline(systems["official_64"].pipeline.vae, plain_copy(transformer), chain)
+        systems["official_mar_b_64"] = System(
+            pipeline, partial(sample_mar_in_full, pipeline, *settings), 1, args.num_mar_steps
+        )
+
     needs_2d = not {"sit_xl_2d", "dit_xl_diffusers"} <= set(args.skip)
     if needs_2d:
         autoencoder = random_model(AutoencoderKL, AUTOENCODER_KL, device, dtype)
@@ -321,7 +436,7 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
 
     for name, system in systems.items():
         system.pipeline.set_progress_bar_config(disable=True)
-        if args.compile and name.startswith(("sit_xl", "per_sample")):
+        if args.compile and name.startswith(("sit_", "per_sample", "mar_")):
             system.pipeline.enable_fast_sampling(freeze_weights=args.freeze_weights)
     return {name: system for name, system in systems.items() if name not in args.skip}
 
@@ -337,8 +452,8 @@ def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) 
         ValueError: If systems that should agree do not.
     """
     differences = {}
-    for tokens in args.tokens:
-        names = [f"{name}_{tokens}" for name in ("sit_xl", "per_sample", "official", "eager")]
+    for kind in (*map(str, args.tokens), "2d"):
+        names = [f"{name}_{kind}" for name in ("sit_xl", "per_sample", "official", "eager")]
         names = [name for name in names if name in systems]
         latents = {}
         for name in names:
@@ -348,18 +463,45 @@ def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) 
             latents[name] = systems[name].sample(labels=[1, 2, 2], num_inference_steps=5, generator=generator)
             pipeline.scheduler = scheduler
         for name in names[1:]:
-            largest = latents[names[0]].abs().max().item()
-            differences[name] = (latents[name] - latents[names[0]]).abs().max().item() / largest
-            if not differences[name] <= TOLERANCES[args.dtype]:
-                raise ValueError(
-                    f"The latents of {name} and {names[0]} differ by {differences[name]:.3g} of the largest entry,"
-                    f" allowed: {TOLERANCES[args.dtype]:g}."
-                )
+            differences[name] = largest_difference(args, latents, names[0], name)
+    if {"mar_b_64", "official_mar_b_64"} <= set(systems):
+        names, latents = ("mar_b_64", "official_mar_b_64"), {}
+        transformer = systems["mar_b_64"].pipeline.transformer
+        generator = torch.Generator(args.device).manual_seed(0)
+        shape = 101, 2, transformer.num_tokens, transformer.token_channels
+        draws = {
+            "orders": torch.rand(shape[1:3], generator=generator, device=args.device).argsort(dim=1),
+            "token_noise": torch.randn(shape, generator=generator, device=args.device),
+        }
+        for name in names:
+            system = systems[name]
+            latents[name] = system.sample(labels=[1, 2], num_inference_steps=1, generator=generator, **draws)
+        differences["official_mar_b_64"] = largest_difference(args, latents, *names)
     return differences
+
+
+def largest_difference(
+    args: GenerationBenchmarkArguments, latents: dict[str, torch.Tensor], name: str, other: str
+) -> float:
+    """
+    Of two results, as a share of the largest entry.
+
+    Raises:
+        ValueError: If it is more than is allowed.
+    """
+    difference = ((latents[other] - latents[name]).abs().max() / latents[name].abs().max()).item()
+    if not difference <= TOLERANCES[args.dtype]:
+        raise ValueError(
+            f"The latents of {other} and {name} differ by {difference:.3g} of the largest entry,"
+            f" allowed: {TOLERANCES[args.dtype]:g}."
+        )
+    return difference
 
 
 def num_samples(system: System, num_inference_steps: int) -> int:
     """How many samples pass the transformer for one image: two in each guided step."""
+    if system.num_guided_steps is not None:
+        return 2 * system.num_guided_steps
     if isinstance(system.pipeline, DiTPipeline):
         return 2 * num_inference_steps
     times = system.pipeline.prepare_timesteps(num_inference_steps, torch.device("cpu"))
@@ -417,6 +559,14 @@ def compare(args: GenerationBenchmarkArguments, systems: dict[str, System], whol
                 ratios[f"{name}.vs_{other}.latents.batch_{batch_size}"] = whole.ratio(
                     f"{name}.latents@{batch_size}", f"{other}.latents@{batch_size}"
                 )
+        if {f"eager_{tokens}", f"official_{tokens}"} <= set(systems):
+            own, baseline = best_batch(f"eager_{tokens}", whole), best_batch(f"official_{tokens}", whole)
+            ratios[f"eager_{tokens}.vs_official_{tokens}"] = whole.ratio(own, baseline)
+    if args.mar:
+        for other in ("official_mar_b_64", "sit_b_64", "sit_xl_64"):
+            if {"mar_b_64", other} <= set(systems):
+                own, baseline = best_batch("mar_b_64", whole), best_batch(other, whole)
+                ratios[f"mar_b_64.vs_{other}"] = whole.ratio(own, baseline)
     return ratios
 
 

@@ -239,10 +239,12 @@ def main(args: ScalingArguments) -> None:
     machine = measure_machine(args, rounds=args.rounds)
     series = build_series(args)
 
-    counts, seconds, spreads = {}, {}, {}
+    counts, seconds, spreads, ratios = {}, {}, {}, {}
     for name, workloads in series.items():
         contestants = {str(value): Contestant(workload.make(device)) for value, workload in workloads.items()}
         timings = time_in_turn(contestants, args.rounds, device)
+        if name == "tokens":
+            ratios["tokens_64.vs_tokens_256"] = timings.ratio("64", "256")
         for value, workload in workloads.items():
             counts[name, value] = workload.count()
             spreads[name, value] = Spread.of(timings.seconds[str(value)])
@@ -278,11 +280,13 @@ def main(args: ScalingArguments) -> None:
             "points": {
                 str(value): {
                     "seconds": asdict(spreads[name, value]),
+                    "images_per_second": workload.items / seconds[name, value],
+                    "predicted_images_per_second": workload.items / predictions[name, value],
                     "operations": counts[name, value][0],
                     "bytes": counts[name, value][1],
                     "error": errors[name, value],
                 }
-                for value in workloads
+                for value, workload in workloads.items()
             },
         }
     measurements["model"]["median_error"] = statistics.median(errors.values())
@@ -293,10 +297,7 @@ def main(args: ScalingArguments) -> None:
         f" {statistics.median(errors.values()):.0%} in the median, by {max(errors.values()):.0%} at most.\n"
     )
     plot(by_series, predicted, Path(args.output_dir) / "scaling.png")
-    # More tokens cost more: by how much less 64 cost than 256, and one codebook than a large one
-    ratios = {"tokens_64.vs_tokens_256": seconds["tokens", 256] / seconds["tokens", 64]}
-    spread = {name: Spread(ratio, ratio, ratio) for name, ratio in ratios.items()}
-    write_report(args.output_dir, "scaling", table, spread, asdict(args), measurements)
+    write_report(args.output_dir, "scaling", table, ratios, asdict(args), measurements)
 
 
 if __name__ == "__main__":

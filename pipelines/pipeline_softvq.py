@@ -46,6 +46,7 @@ except ModuleNotFoundError:
 
 logger = logging.get_logger(__name__)
 
+COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 # Pairs of time and class whose modulation is computed at once: 393 kB each for SiT-XL in bfloat16.
 MODULATION_ROWS = 64
 
@@ -262,20 +263,31 @@ class SoftVQPipeline(DiffusionPipeline):
 
         Args:
             mode (`str`, *optional*):
-                As in `torch.compile`: `"max-autotune-no-cudagraphs"` searches for faster kernels on GPUs.
+                As in `torch.compile`: `"default"`, or `"max-autotune-no-cudagraphs"`, which searches for faster
+                kernels on GPUs. Modes with CUDA graphs are refused: the graph of a block would overwrite what the
+                block before has left.
             freeze_weights (`bool`, *optional*, defaults to `False`):
-                Whether compiled blocks keep the weights of now, in the order in which the processor multiplies them:
-                for CPUs. Changes of weights, such as by a LoRA, may have no effect on them afterwards. It takes the
-                memory of the blocks' weights once more, and every block is compiled by itself.
+                Whether the transformer is compiled as a whole with its weights of now, in the order in which the
+                processor multiplies them: for CPUs. Changes of weights, such as by a LoRA, may have no effect on it
+                afterwards. It takes the memory of its weights once more, and a minute of compilation for XL, again at
+                the second batch size.
+
+        Raises:
+            ValueError: If `mode` is not allowed.
         """
-        self.transformer.compile_repeated_blocks(mode=mode)
+        if mode not in COMPILE_MODES:
+            raise ValueError(f"`mode` is {mode!r}, allowed: {', '.join(map(repr, COMPILE_MODES))}.")
+        if freeze_weights:
+            self.transformer.compile(mode=mode)
+        else:
+            self.transformer.compile_repeated_blocks(mode=mode)
         if getattr(self.vae, "_repeated_blocks", None):
             self.vae.compile_repeated_blocks(mode=mode)
         self.vae.to(memory_format=torch.channels_last)
         self._freeze_weights = freeze_weights
 
     def compile_options(self) -> AbstractContextManager:
-        """What holds while blocks are called, and therefore while they are compiled."""
+        """What holds while the transformer is called, and therefore while it is compiled."""
         if not self._freeze_weights:
             return nullcontext()
         import torch._inductor.config  # takes time, and is not there where torch has no compiler
@@ -598,12 +610,14 @@ class SoftVQPipeline(DiffusionPipeline):
         if not self.precomputes_modulation:
             yield from [None] * len(timesteps)
             return
+        null_id = self.transformer.config.num_classes
         class_ids = sorted(set(class_ids))
+        # copied to the device once: a copy makes the processor wait until the device has done what it was asked to
+        all_classes = torch.tensor([*class_ids, null_id] if any(guided) else class_ids, device=timesteps.device)
         steps_at_once = max(1, MODULATION_ROWS // (len(class_ids) + 1))
         for start in range(0, len(timesteps), steps_at_once):
             steps = slice(start, start + steps_at_once)
-            null_ids = [self.transformer.config.num_classes] if any(guided[steps]) else []
-            classes = torch.tensor(class_ids + null_ids, device=timesteps.device)
+            classes = all_classes if any(guided[steps]) else all_classes[: len(class_ids)]
             modulation = self.transformer.compute_modulation(
                 timesteps[steps].repeat_interleave(len(classes)), classes.repeat(len(timesteps[steps]))
             )
@@ -698,8 +712,7 @@ class SoftVQPipeline(DiffusionPipeline):
             latents = self.vae.unscale_latent(latents)
         else:  # AutoencoderKL
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        with self.compile_options():
-            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
     @torch.no_grad()
     def __call__(
@@ -811,7 +824,7 @@ class SoftVQPipeline(DiffusionPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, (t, modulation) in enumerate(zip(timesteps, modulations, strict=True)):
                 if self.interrupt:
-                    continue
+                    break
 
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):

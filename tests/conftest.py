@@ -21,6 +21,48 @@ def golden():
     return load
 
 
+@pytest.fixture
+def official_denoiser(golden):
+    """The reference of MAR's diffusion MLP as `(MARTransformer1DModel, tensors, description)`; the rest is random."""
+    from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
+
+    description, tensors = golden("mar_diffloss")
+    config = description["config"]
+    model = MARTransformer1DModel(
+        num_tokens=10,
+        in_channels=config["target_channels"],
+        encoder_hidden_size=16,
+        encoder_num_layers=1,
+        encoder_num_attention_heads=2,
+        decoder_hidden_size=config["z_channels"],
+        decoder_num_layers=1,
+        decoder_num_attention_heads=2,
+        denoiser_hidden_size=config["width"],
+        denoiser_num_layers=config["depth"],
+        num_classes=4,
+    )
+    names = {
+        "time_embed.mlp.0": "timestep_embedder.linear_1",
+        "time_embed.mlp.2": "timestep_embedder.linear_2",
+        "cond_embed": "condition_embedder",
+        "input_proj": "proj_in",
+        "final_layer.adaLN_modulation.1": "modulation_out",
+        "final_layer.linear": "proj_out",
+    }
+    for i in range(config["depth"]):
+        official, ours = f"res_blocks.{i}", f"blocks.{i}"
+        names |= {f"{official}.in_ln": f"{ours}.norm", f"{official}.adaLN_modulation.1": f"{ours}.modulation"}
+        names |= {f"{official}.mlp.0": f"{ours}.linear_1", f"{official}.mlp.2": f"{ours}.linear_2"}
+    model.denoiser.load_state_dict(
+        {
+            f"{ours}.{part}": tensors[f"weights.net.{official}.{part}"]
+            for official, ours in names.items()
+            for part in ("weight", "bias")
+        }
+    )
+    return model.eval(), tensors, description
+
+
 @pytest.fixture(autouse=True)
 def seed_everything():
     """Every test starts from the same global torch seed."""

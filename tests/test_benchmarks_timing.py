@@ -14,7 +14,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
+from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
+from softvq_hf.training.generator import build_token_scheduler
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -119,6 +122,39 @@ def test_thrift_changes_no_latents(generation, systems, arguments):
     assert max(differences.values()) < 1e-5
 
 
+def test_thrift_of_mar_changes_no_latents(generation, arguments, tiny_pipeline):
+    vae = tiny_pipeline().vae
+    torch.manual_seed(0)
+    sizes = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}.items()
+    }
+    transformer = MARTransformer1DModel(
+        num_tokens=10,
+        in_channels=6,
+        buffer_size=2,
+        denoiser_hidden_size=16,
+        denoiser_num_layers=1,
+        num_classes=4,
+        **sizes,
+    )
+    pipeline = MARPipeline(vae, transformer.eval(), build_token_scheduler(6.0))
+    pipeline.set_progress_bar_config(disable=True)
+    systems = {
+        "mar_b_64": generation.System(pipeline, partial(generation.in_mar_pipeline, pipeline, 2.0, 3), 1, 3),
+        "official_mar_b_64": generation.System(
+            pipeline, partial(generation.sample_mar_in_full, pipeline, 2.0, 3), 1, 3
+        ),
+    }
+    differences = generation.check_equal(arguments, systems)
+    assert differences.keys() == {"official_mar_b_64"} and differences["official_mar_b_64"] < 1e-4
+    assert [generation.num_samples(system, 50) for system in systems.values()] == [6, 6]
+    generator = torch.Generator().manual_seed(0)
+    latents = systems["official_mar_b_64"].sample(labels=[1, 2], num_inference_steps=1, generator=generator)
+    assert latents.shape == (2, 10, 6) and torch.isfinite(latents).all()
+
+
 def test_systems_that_differ_are_not_timed(generation, systems, arguments, tiny_pipeline):
     other = tiny_pipeline()
     with torch.no_grad():
@@ -190,6 +226,10 @@ def test_batches_of_too_many_tokens_are_left_out(generation, tiny_pipeline, argu
         ({"measured_steps": 51}, "`--measured_steps` is 51, allowed: 1 to `--num_inference_steps`, 50"),
         ({"guidance_scale": 1.0}, "`--guidance_scale` is 1.0, allowed"),
         ({"batch_sizes": [0]}, r"`--batch_sizes` is \[0\], allowed"),
+        ({"skip": ["plain_32"]}, r"`--skip` is \['plain_32'\], allowed: some of"),
+        ({"skip": ["sit_xl_64"]}, r"`--skip` is \['sit_xl_64'\], allowed: some of"),
+        ({"num_mar_steps": 0}, "`--num_mar_steps` is 0, allowed: integers from 1 on"),
+        ({"mar": True, "tokens": [32]}, "`--mar` is true, allowed: with `--resolution` 256 and 64 in `--tokens`"),
         ({"max_batch_tokens": 255}, "`--max_batch_tokens` is 255, allowed: 256 or more"),
     ],
 )

@@ -101,7 +101,7 @@ def test_errors_are_one_line(source, tmp_path, capsys, arguments, message):
     [
         ([], "the following arguments are required: COMMAND"),
         (["convert", "x"], "the following arguments are required: --output_dir"),
-        (["convert", "x", "--output_dir", "y", "--system", "mar"], "invalid choice: 'mar' (choose from"),
+        (["convert", "x", "--output_dir", "y", "--system", "var"], "invalid choice: 'var' (choose from"),
         (["convert", "x", "--output_dir", "y", "--path_type", "linear", "--detect_path"], "not allowed with argument"),
         (["convert", "x", "--output_dir", "y", "--seed", "0"], "unrecognized arguments: --seed 0"),
         (["info", "models"], "unrecognized arguments: models"),

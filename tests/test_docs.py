@@ -128,7 +128,9 @@ def test_flags_in_text_exist(monkeypatch):
     known |= {"nproc_per_node", "signals"}  # of torchrun
     known |= {"gpus", "open", "requeue", "signal", "time"}  # of sbatch
     known |= {"kills"}  # of benchmarks/crash_test.py
-    scripts = [load_script(name) for name in ("train_softvq", "cache_latents", "train_sit", "linear_probe")]
+    scripts = [
+        load_script(name) for name in ("train_softvq", "cache_latents", "train_sit", "train_mar", "linear_probe")
+    ]
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmarks = ("tiny_classifier", "metric_behaviour", "published_figures", "check_ratios", "data", "generation")
     benchmarks += ("scaling", "solvers", "tokenizer", "training")

@@ -14,19 +14,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
     from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+    from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
+    from softvq_hf.pipelines.pipeline_mar import MARPipeline
     from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+    from softvq_hf.schedulers.scheduling_ddpm_temperature import TemperatureDDPMScheduler
     from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["AutoencoderSoftVQ", "DiTTransformer1DModel", "SoftVQPipeline", "StochasticInterpolantScheduler"]
+__all__ = [
+    "AutoencoderSoftVQ",
+    "DiTTransformer1DModel",
+    "MARPipeline",
+    "MARTransformer1DModel",
+    "SoftVQPipeline",
+    "StochasticInterpolantScheduler",
+    "TemperatureDDPMScheduler",
+]
 
 _MODULES = {
     "AutoencoderSoftVQ": "softvq_hf.models.autoencoder_softvq",
     "DiTTransformer1DModel": "softvq_hf.models.transformer_dit_1d",
+    "MARPipeline": "softvq_hf.pipelines.pipeline_mar",
+    "MARTransformer1DModel": "softvq_hf.models.transformer_mar_1d",
     "SoftVQPipeline": "softvq_hf.pipelines.pipeline_softvq",
     "StochasticInterpolantScheduler": "softvq_hf.schedulers.scheduling_stochastic_interpolant",
+    "TemperatureDDPMScheduler": "softvq_hf.schedulers.scheduling_ddpm_temperature",
 }
 
 

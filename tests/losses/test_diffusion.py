@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from softvq_hf.conversion import convert_checkpoint
 from softvq_hf.conversion.sit import convert_dit
-from softvq_hf.losses.diffusion import diffusion_loss, exact_betas
+from softvq_hf.losses.diffusion import diffusion_loss, exact_betas, token_diffusion_loss
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 
 
@@ -219,3 +220,74 @@ def test_bad_input(tiny_inputs, change, error, message):
 
 def test_betas_of_another_scheduler_with_the_same_chain():
     assert torch.equal(exact_betas(DDIMScheduler()), exact_betas(DDPMScheduler()))
+
+
+# Single tokens (MAR)
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+
+
+def test_official_terms_of_single_tokens(official_denoiser):
+    model, tensors, _ = official_denoiser
+    losses = token_diffusion_loss(
+        model, ddpm_scheduler(**COSINE), *(tensors[f"input.{name}"] for name in ("x", "c", "t", "noise"))
+    )
+    for name, official in {"mse": "mse", "vb": "vb", "loss": "loss_per_row"}.items():
+        torch.testing.assert_close(losses[name], tensors[f"output.forward.{official}"], atol=1e-5, rtol=1e-5)
+    mask = tensors["input.mask"]
+    loss = (losses["loss"] * mask).sum() / mask.sum()
+    torch.testing.assert_close(loss, tensors["output.forward.loss_masked"], atol=1e-5, rtol=0)
+    loss.backward()
+    denoiser = model.denoiser
+    for name, layer in {
+        "cond_embed": denoiser.condition_embedder,
+        "input_proj": denoiser.proj_in,
+        "final_layer.linear": denoiser.proj_out,
+    }.items():
+        expected = tensors[f"output.forward.grad.{name}.weight"]
+        torch.testing.assert_close(layer.weight.grad, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_official_gradients_reach_the_transformer(golden):
+    description, tensors = golden("mar")
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    model = convert_checkpoint("mar", weights, description["config"])
+    inputs = {key.removeprefix("input.train."): value for key, value in tensors.items() if "input.train" in key}
+    tokens, mask = model.patchify(inputs["latents"]), inputs["mask"].bool()
+    conditions = model(
+        tokens, inputs["labels"], (~mask).nonzero()[:, 1].view(len(mask), -1), force_drop_ids=inputs["label_drop"]
+    ).conditions
+    rows = mask.flatten().repeat(2).nonzero()[:, 0]  # the tokens twice, as whole blocks; masked ones alone
+    repeated = (values.flatten(0, 1).repeat(2, 1)[rows] for values in (tokens, conditions))
+    losses = token_diffusion_loss(model, ddpm_scheduler(**COSINE), *repeated, inputs["t"][rows], inputs["noise"][rows])
+    loss = losses["loss"].mean()
+    torch.testing.assert_close(loss, tensors["output.train.loss"], atol=1e-5, rtol=0)
+    loss.backward()
+    gradients = {
+        "class_emb.weight": model.class_embedder.weight.grad[:-1],
+        "mask_token": model.mask_token.grad,
+        "z_proj.weight": model.proj_in.weight.grad,
+        "diffusion_pos_embed_learned": model.condition_pos_embed.grad,
+        "decoder_blocks.1.mlp.fc2.weight": model.decoder_blocks[1].ff.net[2].weight.grad,
+        "encoder_blocks.0.attn.qkv.weight": torch.cat(
+            [getattr(model.encoder_blocks[0].attn, name).weight.grad for name in ("to_q", "to_k", "to_v")]
+        ),
+        "diffloss.net.res_blocks.0.adaLN_modulation.1.weight": model.denoiser.blocks[0].modulation.weight.grad,
+    }
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, tensors[f"output.train.grad.{name}"], atol=1e-6, rtol=1e-4, msg=name)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    torch.testing.assert_close(norm, tensors["output.train.grad_norm"], atol=1e-5, rtol=1e-5)
+
+
+def test_one_condition_for_each_token(official_denoiser):
+    model, tensors, _ = official_denoiser
+    with pytest.raises(ValueError, match="`conditions` holds 5 rows, allowed: 12, one for each token"):
+        token_diffusion_loss(
+            model,
+            ddpm_scheduler(**COSINE),
+            tensors["input.x"],
+            tensors["input.c"][:5],
+            tensors["input.t"],
+            tensors["input.noise"],
+        )

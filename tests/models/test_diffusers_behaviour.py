@@ -17,6 +17,7 @@ from torch import nn
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 
 
@@ -57,6 +58,20 @@ TRANSFORMER = {
     "attention_head_dim": 16,
     "num_classes": 10,
 }
+MAR = {
+    "num_tokens": 8,
+    "in_channels": 4,
+    "buffer_size": 2,
+    "encoder_hidden_size": 32,
+    "encoder_num_layers": 2,
+    "encoder_num_attention_heads": 2,
+    "decoder_hidden_size": 32,
+    "decoder_num_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "denoiser_hidden_size": 32,
+    "denoiser_num_layers": 2,
+    "num_classes": 10,
+}
 MODELS = {
     "softvq": (AutoencoderSoftVQ, TOKENIZER | {"num_register_tokens": 2}),
     "vq": (AutoencoderSoftVQ, TOKENIZER | {"quantizer": "vq"}),
@@ -67,11 +82,13 @@ MODELS = {
     "tokens": (DiTTransformer1DModel, TRANSFORMER | {"qk_norm": True}),
     "tokens_variance": (DiTTransformer1DModel, TRANSFORMER | {"out_channels": 8}),
     "patches": (DiTTransformer1DModel, TRANSFORMER | {"patch_size": 2, "sample_size": 8}),
+    "mar": (MARTransformer1DModel, MAR),
+    "mar_patches": (MARTransformer1DModel, MAR | {"patch_size": 2, "sample_size": 4}),
 }
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 all_models = pytest.mark.parametrize("name", MODELS)
-one_of_each = pytest.mark.parametrize("name", ["softvq", "tokens"])
+one_of_each = pytest.mark.parametrize("name", ["softvq", "tokens", "mar"])
 
 
 def build(name: str, **changes) -> AutoencoderSoftVQ | DiTTransformer1DModel:
@@ -92,6 +109,13 @@ def inputs_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str,
         if model.config.encoder_mask_token:
             inputs["mask"] = torch.rand(2, 32, generator=generator) < 0.5
         return inputs
+    if isinstance(model, MARTransformer1DModel):
+        hidden_states = torch.randn(2, model.num_tokens, model.token_channels, generator=generator).to(dtype)
+        return {
+            "hidden_states": hidden_states,
+            "class_labels": torch.tensor([3, 10]),
+            "visible_positions": torch.tensor([[0, 3], [1, 2]]),
+        }
     shape = (2, 4, 8, 8) if model.is_2d else (2, 8, 4)
     return {
         "hidden_states": torch.randn(shape, generator=generator).to(dtype),
@@ -100,9 +124,19 @@ def inputs_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str,
     }
 
 
+def call(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """What a model gives, and the sum of its losses."""
+    output = model(**inputs_of(model, dtype))
+    if not isinstance(model, MARTransformer1DModel):
+        return output.sample, sum(output[key] for key in output if key.endswith("_loss"))
+    conditions = output.conditions.flatten(0, 1)  # and what the denoiser makes of them
+    noisy_tokens = torch.ones(len(conditions), model.token_channels, dtype=dtype)
+    return model.denoise(noisy_tokens, torch.arange(len(conditions)) * 50, conditions), 0.0
+
+
 @torch.no_grad()
 def predict(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return model(**inputs_of(model, dtype)).sample
+    return call(model, dtype)[0]
 
 
 def check_output(model: nn.Module, expected: torch.Tensor, atol: float = 1e-5) -> None:
@@ -208,8 +242,8 @@ def test_training_step_reaches_every_weight_with_and_without_checkpointing(name)
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
         torch.manual_seed(2)  # of the labels that a transformer drops
-        output = model(**inputs_of(model))
-        (output.sample.square().mean() + sum(output[key] for key in output if key.endswith("_loss"))).backward()
+        sample, losses = call(model)
+        (sample.square().mean() + losses).backward()
         return {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
 
     assert not model.is_gradient_checkpointing
@@ -249,7 +283,9 @@ def test_repeated_blocks_compile_once(name):
     blocks = {name for name in names if name.endswith("Block")}
     assert blocks and blocks <= set(model._repeated_blocks) and blocks <= set(model._no_split_modules)
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
-    with torch._dynamo.config.patch(recompile_limit=1):  # with `fullgraph`, going over the limit is an error
+    # Encoder and decoder of MAR have different lengths. With `fullgraph`, going over the limit is an error.
+    limit = 2 if isinstance(model, MARTransformer1DModel) else 1
+    with torch._dynamo.config.patch(recompile_limit=limit):
         torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=0)
 
 
@@ -258,8 +294,8 @@ def test_export(name):
     model = build(name)
     exported = torch.export.export(model, args=(), kwargs=inputs_of(model))
     with torch.no_grad():
-        actual = exported.module()(**inputs_of(model)).sample
-    torch.testing.assert_close(actual, predict(model), atol=1e-5, rtol=0, check_stride=False)
+        actual, expected = (next(iter(module(**inputs_of(model)).values())) for module in (exported.module(), model))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0, check_stride=False)
 
 
 # Memory
@@ -285,7 +321,7 @@ def test_layerwise_casting(name, storage, compute):
     assert similarity > 0.99
     model.train()  # and the backward pass casts too
     with torch.autocast("cpu"):
-        model(**inputs_of(model, compute)).sample.square().mean().backward()
+        call(model, compute)[0].square().mean().backward()
     assert all(module.to_q.weight.grad is not None for module in model.modules() if hasattr(module, "to_q"))
 
 

@@ -238,6 +238,10 @@ def test_initialize_weights(config):
     for weight in (model.proj_in.weight.flatten(1), model.transformer_blocks[1].ff.net[0].proj.weight):
         bound = math.sqrt(6 / sum(weight.shape))
         assert 0.9 * bound < weight.abs().max() <= bound
+    attention = model.transformer_blocks[1].attn
+    for layer in (attention.to_q, attention.to_k, attention.to_v):  # one projection of the original, D to 3 D
+        bound = math.sqrt(6 / (4 * layer.in_features))
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
     assert all(module.bias.abs().max() == 0 for module in model.modules() if isinstance(module, nn.Linear))
 
 

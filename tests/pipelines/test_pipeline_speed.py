@@ -146,8 +146,8 @@ def test_fast_sampling_keeps_the_reference_trajectories(golden, tiny_pipeline, s
         output_type="latent",
     ).images
     torch.testing.assert_close(latents.double(), tensors[f"output.{sampler}_cfg"], rtol=0, atol=1e-5)
-    blocks = pipeline.transformer.transformer_blocks
-    assert all(block._compiled_call_impl is not None for block in blocks)
+    compiled = [pipeline.transformer] if freeze_weights else pipeline.transformer.transformer_blocks
+    assert all(module._compiled_call_impl is not None for module in compiled)
 
 
 @pytest.mark.slow
@@ -161,14 +161,45 @@ def test_fast_sampling_decodes_the_same_images(tiny_pipeline, freeze_weights):
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "fast"])
+def test_modes_with_cuda_graphs_are_refused(tiny_pipeline, mode):
+    with pytest.raises(
+        ValueError, match=f"`mode` is '{mode}', allowed: None, 'default', 'max-autotune-no-cudagraphs'"
+    ):
+        tiny_pipeline().enable_fast_sampling(mode=mode)
+
+
+def test_an_interrupted_call_computes_nothing_more(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    rows = record_modulated_rows(pipeline.transformer)
+
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = True
+        return {}
+
+    pipeline(list(range(4)) * 16, num_inference_steps=50, callback_on_step_end=stop, output_type="latent")
+    assert len(rows) == 1 and rows[0] < 50 * 4
+
+
+@pytest.mark.parametrize("num_steps", [30, 90])
+def test_labels_are_copied_to_the_device_before_the_transformer_is_called(tiny_pipeline, monkeypatch, num_steps):
+    """A copy from the processor waits until the device has done what it was asked to."""
+    pipeline = tiny_pipeline()
+    made, calls = [], []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(len(calls)) or tensor(*args, **options))
+    pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    pipeline([0, 1, 2], guidance_scale=2.0, num_inference_steps=num_steps, output_type="latent")
+    assert made and set(made) == {0} and len(calls) == num_steps
+
+
 @pytest.mark.parametrize("freeze_weights", [False, True])
-def test_weights_are_frozen_while_blocks_are_called(tiny_pipeline, freeze_weights, monkeypatch):
+def test_weights_are_frozen_while_the_transformer_is_called(tiny_pipeline, freeze_weights, monkeypatch):
     pipeline = tiny_pipeline()
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *arguments, **options: None)  # nothing to compile for this
     pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
     seen = []
-    for module in (pipeline.transformer, pipeline.vae.decoder):
-        module.register_forward_pre_hook(lambda *_: seen.append(torch._inductor.config.freezing))
+    pipeline.transformer.register_forward_pre_hook(lambda *_: seen.append(torch._inductor.config.freezing))
     pipeline([0], num_inference_steps=2, output_type="pt")
-    assert seen == [freeze_weights] * 3
+    assert seen == [freeze_weights] * 2
     assert not torch._inductor.config.freezing

@@ -37,6 +37,18 @@ ARGUMENTS = {
     "cache_latents": "CacheLatentsArguments",
     "linear_probe": "LinearProbeArguments",
     "train_sit": "SiTTrainingArguments",
+    "train_mar": "MARTrainingArguments",
+}
+MAR = {
+    "buffer_size": 2,
+    "encoder_hidden_size": 16,
+    "encoder_num_layers": 1,
+    "encoder_num_attention_heads": 2,
+    "decoder_hidden_size": 16,
+    "decoder_num_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "denoiser_hidden_size": 16,
+    "denoiser_num_layers": 1,
 }
 TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 
@@ -49,6 +61,11 @@ def tokenizer_config() -> dict:
 @pytest.fixture
 def transformer_config() -> dict:
     return dict(TRANSFORMER)
+
+
+@pytest.fixture
+def mar_config() -> dict:
+    return dict(MAR)
 
 
 @pytest.fixture
@@ -103,6 +120,22 @@ def sit_args() -> list[str]:
         checkpointing_steps=2,
         validation_steps=3,
         num_inference_steps=2,
+        num_sample_classes=3,
+        num_samples_per_class=2,
+    )
+
+
+@pytest.fixture
+def mar_args() -> list[str]:
+    return _flags(
+        model=json.dumps(MAR),
+        train_batch_size=4,
+        max_train_steps=6,
+        learning_rate=1e-3,
+        checkpointing_steps=2,
+        validation_steps=3,
+        num_inference_steps=2,
+        num_diffusion_steps=2,
         num_sample_classes=3,
         num_samples_per_class=2,
     )
@@ -215,3 +248,10 @@ def run_cache_latents(run_main):
         )
 
     return run
+
+
+@pytest.fixture
+def latents_dir(run_cache_latents, tokenizer_dir, tmp_path) -> Path:
+    """Cached latents of the photographs."""
+    run_cache_latents(tokenizer_dir, tmp_path / "latents")
+    return tmp_path / "latents"

@@ -30,7 +30,7 @@ from softvq_hf.training.checkpointing import (
     load_checkpoint,
     save_checkpoint,
 )
-from softvq_hf.training.generator_arguments import SiTTrainingArguments
+from softvq_hf.training.generator_arguments import MARTrainingArguments, SiTTrainingArguments
 from softvq_hf.training.state import TrainerState
 from softvq_hf.training.tokenizer_arguments import SoftVQTrainingArguments
 
@@ -500,5 +500,6 @@ def test_checkpoints_of_other_versions_and_scripts(tmp_path):
 
 
 def test_the_tables_name_arguments_of_the_scripts():
-    known = {item.name for group in (SoftVQTrainingArguments, SiTTrainingArguments) for item in fields(group)}
+    groups = (SoftVQTrainingArguments, SiTTrainingArguments, MARTrainingArguments)
+    known = {item.name for group in groups for item in fields(group)}
     assert FREE_ARGUMENTS | PATH_ARGUMENTS <= known and not FREE_ARGUMENTS & PATH_ARGUMENTS

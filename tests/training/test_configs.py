@@ -13,6 +13,7 @@ import yaml
 from softvq_hf.conversion.published_models import load_published_models
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.training.arguments import check_model_config, parse_args
 
 
@@ -22,15 +23,17 @@ ARGUMENTS = {
     "train_softvq": "SoftVQTrainingArguments",
     "cache_latents": "CacheLatentsArguments",
     "train_sit": "SiTTrainingArguments",
+    "train_mar": "MARTrainingArguments",
 }
 QUICKSTART = {
     "quickstart/softvq.yaml": "train_softvq",
     "quickstart/cache_latents.yaml": "cache_latents",
     "quickstart/sit.yaml": "train_sit",
+    "quickstart/mar.yaml": "train_mar",
 }
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 RECIPES = [name for name in ALL if name not in QUICKSTART]
-GENERATORS = [name for name in RECIPES if re.match(r"(generators/)?(sit|dit)_", name)]
+GENERATORS = [name for name in RECIPES if re.match(r"(generators/)?(sit|dit|mar)_", name)]
 TOKENIZERS = [name for name in RECIPES if name not in GENERATORS]
 # the config of every published model: softvq_l_64.yaml for SoftVQ-L-64, generators/sit_xl_softvq_l_64.yaml
 PUBLISHED = {
@@ -49,7 +52,12 @@ SIZES = {
     "dit_b.yaml": 130_377_248 + 32 * 769,
     "dit_l.yaml": 457_955_392,
     "dit_xl.yaml": 674_963_776,
+    "mar_b.yaml": 207_543_872,
+    "mar_l.yaml": 477_814_336,
+    "mar_h.yaml": 941_760_064,
 }
+# of MAR for 32 tokens of 64 channels
+MAR_SIZES_32 = {"mar_b": 207_593_088, "mar_l": 477_871_744, "mar_h": 941_825_664}
 
 NO_ALIGNMENT = {"alignment_teacher", "alignment_weight", "alignment_patch_size"}
 # what an ablation changes of softvq_b_64.yaml, and nothing else
@@ -79,7 +87,7 @@ ABLATIONS = {
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The three scripts as modules."""
+    """The scripts as modules."""
     modules = {}
     for name in ARGUMENTS:
         spec = importlib.util.spec_from_file_location(f"configured_{name}", TRAINING / f"{name}.py")
@@ -104,7 +112,11 @@ def parse(scripts):
 
 
 def script_of(name: str) -> str:
-    return QUICKSTART.get(name) or ("train_sit" if name in GENERATORS else "train_softvq")
+    if name in QUICKSTART:
+        return QUICKSTART[name]
+    if name not in GENERATORS:
+        return "train_softvq"
+    return "train_mar" if "mar_" in name else "train_sit"
 
 
 def header_of(name: str) -> str:
@@ -120,9 +132,10 @@ def build_tokenizer(args) -> AutoencoderSoftVQ:
         return AutoencoderSoftVQ(**args.model)
 
 
-def build_transformer(script, args, latent_shape: tuple[int, int]) -> DiTTransformer1DModel:
+def build_transformer(script, args, latent_shape: tuple[int, int]) -> DiTTransformer1DModel | MARTransformer1DModel:
+    build = script.build_mar if hasattr(script, "build_mar") else script.build_transformer
     with torch.device("meta"):
-        return script.build_transformer(args, latent_shape, num_classes=1000)
+        return build(args, latent_shape, num_classes=1000)
 
 
 def differences(args, others) -> set[str]:
@@ -136,10 +149,12 @@ def differences(args, others) -> set[str]:
 def test_every_published_model_has_a_config():
     assert len(PUBLISHED) == len(load_published_models())
     assert set(PUBLISHED) <= set(RECIPES)
-    # SiT-XL and DiT-XL for each published tokenizer, whether that generator was published or not
+    # SiT-XL, DiT-XL and MAR for each published tokenizer, whether that generator was published or not
     tokenizers = [name for name, model in PUBLISHED.items() if model.kind == "tokenizer"]
     assert {name for name in GENERATORS if "/" in name} == {
-        f"generators/{generator}_xl_{name}" for generator in ("sit", "dit") for name in tokenizers
+        f"generators/{generator}_{name}"
+        for generator in ("sit_xl", "dit_xl", "mar_b", "mar_l", "mar_h")
+        for name in tokenizers
     }
     assert set(SIZES) | {name for name in GENERATORS if "/" in name} == set(GENERATORS)
 
@@ -153,8 +168,9 @@ def test_every_recipe_says_what_it_is(name, parse):
     args = parse(name)
     assert args.output_dir == f"outputs/{name.removeprefix('generators/').removesuffix('.yaml')}"
     # the published batch, whatever the number of processes
-    assert args.global_batch_size == 256
-    assert [args.resolve_accumulation(n) * n * args.train_batch_size for n in (1, 2, 4, 8)] == [256] * 4
+    batch_size = 2048 if script_of(name) == "train_mar" else 256
+    assert args.global_batch_size == batch_size
+    assert [args.resolve_accumulation(n) * n * args.train_batch_size for n in (1, 2, 4, 8)] == [batch_size] * 4
     assert args.resume_from_checkpoint == "latest" and args.use_ema and args.ema_decay == 0.9999
 
 
@@ -259,19 +275,26 @@ def test_generators_come_out_at_their_size(name, parse, scripts):
     args = parse(name)
     latent_shape = (64, 32)
     if name not in SIZES:
-        tokenizer = parse(re.sub(r"^generators/(sit|dit)_xl_", "", name))
+        tokenizer = parse(re.sub(r"^generators/(sit_xl|dit_xl|mar_.)_", "", name))
         latent_shape = (tokenizer.model["num_latent_tokens"], tokenizer.model["latent_channels"])
         assert args.resolution == tokenizer.resolution
         assert args.latents_dir == f"{tokenizer.output_dir}_latents"
         # the first of the two commands makes these latents of that tokenizer
         assert f"--pretrained_model_name_or_path {tokenizer.output_dir} " in header_of(name)
         assert f"--output_dir {args.latents_dir} " in header_of(name)
-    model = build_transformer(scripts["train_sit"], args, latent_shape)
+    model = build_transformer(scripts[script_of(name)], args, latent_shape)
     if name in SIZES:
         assert model.num_parameters() == SIZES[name]
     elif name in PUBLISHED:
         assert latent_shape == PUBLISHED[name].latent_shape
         assert model.num_parameters() == PUBLISHED[name].num_parameters
+    if script_of(name) == "train_mar":
+        check_mar_recipe(args, model)
+        size = Path(name).stem[:5]
+        if latent_shape in ((64, 32), (32, 64)):
+            sizes = {f"{key}.yaml": value for key, value in MAR_SIZES_32.items()} if latent_shape[0] == 32 else SIZES
+            assert model.num_parameters() == sizes[f"{size}.yaml"]
+        return
     is_dit = "dit_" in name
     assert model.out_channels == (2 if is_dit else 1) * model.config.in_channels
     if is_dit:
@@ -284,6 +307,20 @@ def test_generators_come_out_at_their_size(name, parse, scripts):
     assert (args.adam_beta1, args.adam_beta2, args.max_train_steps) == (0.9, 0.999, 3_000_000)
 
 
+def check_mar_recipe(args, model) -> None:
+    """The published recipe (arXiv 2406.11838): 800 epochs of 2048 images, 100 of them for warming up."""
+    assert (args.optimizer, args.adam_beta1, args.adam_beta2, args.adam_weight_decay) == ("adamw", 0.9, 0.95, 0.02)
+    assert args.learning_rate * args.global_batch_size / args.lr_base_batch_size == pytest.approx(8e-4)
+    assert (args.lr_scheduler, args.max_grad_norm) == ("constant_with_warmup", 3.0)
+    assert args.max_train_steps == round(800 * 1_281_167 / 2048)
+    assert args.lr_warmup_steps == round(100 * 1_281_167 / 2048)
+    assert (args.mask_ratio_min, args.diffusion_batch_mul, args.clip_sample_range) == (0.7, 4, None)
+    assert args.num_inference_steps == min(64, model.num_tokens)
+    config = model.config
+    assert (config.buffer_size, config.attention_dropout, config.dropout) == (64, 0.1, 0.1)
+    assert config.class_dropout_prob == 0.1
+
+
 def test_latents_of_another_tokenizer_are_refused(parse, scripts):
     args = parse("generators/sit_xl_softvq_l_64.yaml")
     with pytest.raises(ValueError, match=r"The transformer takes latents of shape \(64, 32\)"):
@@ -291,17 +328,20 @@ def test_latents_of_another_tokenizer_are_refused(parse, scripts):
 
 
 def test_quickstart_configs_fit_each_other(parse):
-    tokenizer, latents, generator = (parse(name) for name in QUICKSTART)
+    tokenizer, latents, generator, mar = (parse(name) for name in QUICKSTART)
     assert latents.pretrained_model_name_or_path == tokenizer.output_dir
-    assert latents.output_dir == generator.latents_dir
+    assert latents.output_dir == generator.latents_dir == mar.latents_dir
     assert latents.dataset_name == tokenizer.dataset_name == "photographs"
     # the last checkpoint is the end, so that running it again has nothing to do
-    for args in (tokenizer, generator):
+    for args in (tokenizer, generator, mar):
         assert args.max_train_steps % args.checkpointing_steps == 0 and args.resume_from_checkpoint == "latest"
     with torch.device("meta"):
         model = AutoencoderSoftVQ(**{"sample_size": tokenizer.resolution, **tokenizer.model})
         DiTTransformer1DModel(
             num_tokens=model.config.num_latent_tokens, in_channels=model.config.latent_channels, **generator.model
+        )
+        MARTransformer1DModel(
+            num_tokens=model.config.num_latent_tokens, in_channels=model.config.latent_channels, **mar.model
         )
 
 

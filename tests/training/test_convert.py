@@ -26,7 +26,15 @@ from diffusers import (
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from softvq_hf import AutoencoderSoftVQ, DiTTransformer1DModel, SoftVQPipeline, StochasticInterpolantScheduler
+from softvq_hf import (
+    AutoencoderSoftVQ,
+    DiTTransformer1DModel,
+    MARPipeline,
+    MARTransformer1DModel,
+    SoftVQPipeline,
+    StochasticInterpolantScheduler,
+    TemperatureDDPMScheduler,
+)
 from softvq_hf.training import convert as convert_module
 from softvq_hf.training.convert import convert_pretrained
 from softvq_hf.training.official_checkpoints import detect_system, load_official_checkpoint
@@ -112,6 +120,43 @@ def test_convolutional_tokenizer(official_folder, tmp_path):
     converted = convert_pretrained(official_folder("softvq_tokenizer_cnn"), tmp_path / "out")
     assert type(converted) is VQModel and same_weights(VQModel.from_pretrained(tmp_path / "out"), converted)
     assert "VQModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("named_args", [True, False])
+def test_mar(official, tmp_path, named_args):
+    """A training file with its arguments or a config beside it, alone and with the tokenizer of its 2-D latents."""
+    weights, config = official("mar")
+    others = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    content = {"model": others, "model_ema": weights, "epoch": 3}
+    source = tmp_path / "checkpoint-last.pth"
+    if named_args:
+        content["args"] = argparse.Namespace(**config, output_dir="somewhere")
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(content, source)
+    converted = convert_pretrained(source, tmp_path / "out")
+    assert same_weights(MARTransformer1DModel.from_pretrained(tmp_path / "out", subfolder="transformer"), converted)
+    scheduler = TemperatureDDPMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    assert (scheduler.config.variance_type, scheduler.config.clip_sample) == ("learned_range", False)
+
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=6,
+        sample_size=16,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    pipeline = convert_pretrained(source, tmp_path / "pipeline", tokenizer=tmp_path / "vae")
+    assert type(pipeline) is MARPipeline and same_weights(pipeline.transformer, converted)
+    loaded = MARPipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    images = loaded([1], num_inference_steps=2, num_diffusion_steps=2, output_type="pt").images
+    assert images.shape == (1, 3, 16, 16)
+    assert "| system | mar |" in (tmp_path / "pipeline/README.md").read_text()
+    with pytest.raises(ValueError, match="`path_type` is given, but the system of `source` is 'mar'"):
+        convert_pretrained(source, tmp_path / "again", path_type="linear")
 
 
 @pytest.mark.parametrize(("system", "suffix"), [("sit", ""), ("sit", "_2d"), ("dit", ""), ("dit", "_2d")])
@@ -531,7 +576,7 @@ def test_given_system_decides(official_folder, official, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sit", {"system": "mar"}, "`system` is 'mar', allowed: 'softvq', 'sit', 'dit'"),
+        ("sit", {"system": "var"}, "`system` is 'var', allowed: 'softvq', 'sit', 'dit', 'mar'"),
         ("sit", {"path_type": "vp"}, "`path_type` is 'vp', allowed: 'linear', 'cosine'"),
         ("dit", {"beta_schedule": "cosine"}, "`beta_schedule` is 'cosine', allowed: 'linear', 'squaredcos_cap_v2'"),
         ("sit", {"detect_path": True, "path_type": "linear"}, "allowed: one of them"),

@@ -1,6 +1,7 @@
 """Training with several processes: data parallel and sharded (FSDP2), on processors with gloo."""
 
 import copy
+import json
 import os
 import shutil
 import socket
@@ -19,10 +20,16 @@ from safetensors.torch import load_file
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.training.accelerator import build_fsdp_plugin
 from softvq_hf.training.distributed import averaged_model
 
 
+MODELS = {
+    "train_softvq": AutoencoderSoftVQ,
+    "train_sit": DiTTransformer1DModel,
+    "train_mar": MARTransformer1DModel,
+}
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "accelerate"
 
@@ -68,6 +75,13 @@ def sit_flags(tokenizer_dir, run_cache_latents, sit_args, tmp_path) -> list[str]
     return [*sit_args, *RUN, f"--latents_dir={tmp_path / 'latents'}"]
 
 
+@pytest.fixture
+def mar_flags(mar_args, mar_config, latents_dir) -> list[str]:
+    """Without dropout, whose draws belong to a batch."""
+    model = json.dumps({**mar_config, "attention_dropout": 0.0, "dropout": 0.0})
+    return [*mar_args, *RUN, f"--latents_dir={latents_dir}", f"--model={model}"]
+
+
 def assert_same_weights(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor], tolerance: float) -> None:
     """Differences stay below `tolerance` times the largest entry of the tensor (0.001 for weights near 0)."""
     assert weights.keys() == others.keys() and weights
@@ -93,10 +107,10 @@ def model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("script", ["train_softvq", "train_sit"])
+@pytest.mark.parametrize("script", MODELS)
 def test_two_processes_train_as_one(script, request, run_main, launch, tmp_path, read_metrics):
     """Half the images on each of two processes: the same losses and weights, up to rounding."""
-    flags = request.getfixturevalue("softvq_flags" if script == "train_softvq" else "sit_flags")
+    flags = request.getfixturevalue(f"{script.removeprefix('train_')}_flags")
     one, two = tmp_path / "one", tmp_path / "two"
     run_main(script, *flags, "--train_batch_size=4", f"--output_dir={one}")
     launch(script, *flags, "--train_batch_size=2", f"--output_dir={two}", num_processes=2)
@@ -106,14 +120,14 @@ def test_two_processes_train_as_one(script, request, run_main, launch, tmp_path,
     assert_same_weights(weights, others, tolerance=1e-4)
     start = model_weights(one / "checkpoint-2")  # the updates are much larger than the tolerance
     assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3
-    part = "transformer" if script == "train_sit" else "."
+    part = "." if script == "train_softvq" else "transformer"
     averages, others = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for folder in (one, two))
     assert_same_weights(averages, others, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("script", ["train_softvq", "train_sit"])
+@pytest.mark.parametrize("script", MODELS)
 def test_fsdp2_trains_saves_resumes_and_exports(script, request, run_main, launch_with_config, tmp_path, read_metrics):
-    flags = request.getfixturevalue("softvq_flags" if script == "train_softvq" else "sit_flags")
+    flags = request.getfixturevalue(f"{script.removeprefix('train_')}_flags")
     one, sharded, resumed = tmp_path / "one", tmp_path / "sharded", tmp_path / "resumed"
     run_main(script, *flags, "--train_batch_size=4", "--validation_steps=4", f"--output_dir={one}")
     flags = [*flags, "--train_batch_size=2", "--validation_steps=4"]
@@ -121,9 +135,8 @@ def test_fsdp2_trains_saves_resumes_and_exports(script, request, run_main, launc
 
     # the same training, and a result that one process loads
     assert_same_losses(read_metrics(one), read_metrics(sharded), tolerance=1e-4)
-    model_class = AutoencoderSoftVQ if script == "train_softvq" else DiTTransformer1DModel
     folder = "" if script == "train_softvq" else "transformer"
-    weights, others = (model_class.from_pretrained(run / folder).state_dict() for run in (one, sharded))
+    weights, others = (MODELS[script].from_pretrained(run / folder).state_dict() for run in (one, sharded))
     assert_same_weights(weights, others, tolerance=1e-4)
 
     # interrupted after the second update

@@ -42,12 +42,6 @@ def train_sit(monkeypatch):
     return module
 
 
-@pytest.fixture
-def latents_dir(run_cache_latents, tokenizer_dir, tmp_path):
-    run_cache_latents(tokenizer_dir, tmp_path / "latents")
-    return tmp_path / "latents"
-
-
 @pytest.mark.parametrize(
     ("run", "objective_flags", "losses", "scheduler_class", "scheduler_config", "transformer_config"),
     [

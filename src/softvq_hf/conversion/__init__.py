@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
+from softvq_hf.conversion.mar import convert_mar
 from softvq_hf.conversion.sit import convert_dit, convert_sit
 from softvq_hf.conversion.softvq import convert_softvq
 
 
-CONVERTERS = {"softvq": convert_softvq, "sit": convert_sit, "dit": convert_dit}
+CONVERTERS = {"softvq": convert_softvq, "sit": convert_sit, "dit": convert_dit, "mar": convert_mar}
 
 
 def convert_checkpoint(system: str, state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> ModelMixin:
@@ -20,14 +21,15 @@ def convert_checkpoint(system: str, state_dict: Mapping[str, torch.Tensor], conf
     Args:
         system (`str`):
             `"softvq"` (SoftVQ and MAETok tokenizers, and their KL, VQ and plain-autoencoder twins), `"sit"`
-            (flow-matching transformers on 1-D or 2-D latents) or `"dit"` (DDPM transformers).
+            (flow-matching transformers on 1-D or 2-D latents), `"dit"` (DDPM transformers) or `"mar"` (MAR).
         state_dict (`Mapping[str, torch.Tensor]`):
-            Weights under the official keys; wrapper prefixes such as `module.` and `_orig_mod.` are stripped.
+            Weights under the official keys; wrapper prefixes such as `module.` and `_orig_mod.` are stripped. For
+            `"mar"` also a training file, whose `model_ema` is taken.
         config (`Mapping[str, Any]`): The official config as a flat dictionary.
 
     Returns:
         `ModelMixin`: [`AutoencoderSoftVQ`] (a [`~diffusers.VQModel`] for the convolutional VQ tokenizer) or
-            [`DiTTransformer1DModel`], float32, eval mode.
+            [`DiTTransformer1DModel`] or [`MARTransformer1DModel`], float32, eval mode.
 
     Raises:
         ValueError: If `system` is unknown, a config key is missing or its value unsupported, or keys of the weights

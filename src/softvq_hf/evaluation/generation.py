@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from softvq_hf.evaluation.accelerator import build_accelerator
@@ -181,6 +182,9 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
     # 1. The pipeline, the feature networks, and the plan of the images
     with accelerator.main_process_first():  # which downloads
         try:
+            class_name = DiffusionPipeline.load_config(args.pipeline)["_class_name"]
+            if "MARPipeline" in class_name:
+                raise ValueError(f"`--pipeline` is {args.pipeline!r}, a MARPipeline, allowed: a SoftVQPipeline.")
             pipeline = SoftVQPipeline.from_pretrained(args.pipeline, use_safetensors=True)
         except OSError as error:
             raise OSError(f"`--pipeline` is {args.pipeline!r}, which cannot be loaded: {error}") from error

@@ -22,7 +22,7 @@ from softvq_hf.losses.auxiliary import (
     hog_loss,
     hog_targets,
 )
-from softvq_hf.losses.diffusion import diffusion_loss, exact_betas
+from softvq_hf.losses.diffusion import diffusion_loss, token_diffusion_loss
 from softvq_hf.losses.discriminator_dino import DINODiscriminator
 from softvq_hf.losses.discriminators import (
     DISCRIMINATORS,
@@ -33,6 +33,7 @@ from softvq_hf.losses.discriminators import (
 )
 from softvq_hf.losses.flow_matching import flow_matching_loss, lognormal_times, sample_flow_times
 from softvq_hf.losses.perceptual import PerceptualLoss, PerceptualWeightsUnavailable, warmup_weight
+from softvq_hf.schedulers.scheduling_ddpm_temperature import exact_betas
 
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "lognormal_times",
     "non_saturating_generator_loss",
     "sample_flow_times",
+    "token_diffusion_loss",
     "vanilla_discriminator_loss",
     "warmup_weight",
 ]

@@ -1,46 +1,17 @@
-"""DDPM training of DiT (arXiv 2212.09748) on tokenizer latents: the noise is learned by its squared error, the
-variance by the variational bound of Improved DDPM (arXiv 2102.09672). Step 0 is the least noisy one."""
+"""DDPM training on tokenizer latents, of whole images (DiT, arXiv 2212.09748) and of single tokens (MAR, arXiv
+2406.11838): the noise is learned by its squared error, the variance by the variational bound of Improved DDPM (arXiv
+2102.09672). Step 0 is the least noisy one."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
 from softvq_hf.losses.draws import to_device
-
-
-def exact_betas(scheduler: SchedulerMixin) -> torch.Tensor:
-    """Betas of a DDPM chain in float64.
-
-    The scheduler's own tables are float32, where the last `alphas_cumprod` of the cosine schedule is off by 1.3e-5.
-
-    Args:
-        scheduler ([`~diffusers.DDPMScheduler`]): Its config says the schedule: "linear", "squaredcos_cap_v2" (the
-            cosine schedule) or `trained_betas`.
-
-    Returns:
-        `torch.Tensor`: float64 of shape `(num_train_timesteps,)`, on the CPU.
-
-    Raises:
-        ValueError: If the schedule is another one.
-    """
-    config = scheduler.config
-    if config.rescale_betas_zero_snr:
-        raise ValueError("`scheduler` has `rescale_betas_zero_snr` True, allowed: False, a chain that keeps a signal.")
-    if config.trained_betas is not None:
-        return torch.as_tensor(config.trained_betas, dtype=torch.float64)
-    num_steps = config.num_train_timesteps
-    if config.beta_schedule == "linear":
-        return torch.linspace(config.beta_start, config.beta_end, num_steps, dtype=torch.float64)
-    if config.beta_schedule == "squaredcos_cap_v2":
-        u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-        alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
-        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
-    raise ValueError(
-        f"`scheduler` has `beta_schedule` {config.beta_schedule!r}, allowed: 'linear', 'squaredcos_cap_v2', or "
-        "`trained_betas`."
-    )
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
+from softvq_hf.schedulers.scheduling_ddpm_temperature import exact_betas
 
 
 def diffusion_loss(
@@ -84,6 +55,55 @@ def diffusion_loss(
             transformer's channels are not those of its `variance_type`.
         TypeError: If `timesteps` is not of an integer dtype.
     """
+
+    def predict(noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return transformer(noisy_latents, timestep=timesteps, class_labels=class_labels, **transformer_kwargs).sample
+
+    return _denoising_losses(predict, scheduler, latents, timesteps, noise)
+
+
+def token_diffusion_loss(
+    transformer: MARTransformer1DModel,
+    scheduler: SchedulerMixin,
+    tokens: torch.Tensor,
+    conditions: torch.Tensor,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The loss of [`diffusion_loss`] for single tokens, each with its own condition (MAR, section 3.2).
+
+    Args:
+        transformer ([`MARTransformer1DModel`]): Its denoiser predicts noise and variance; not wrapped.
+        scheduler ([`~diffusers.DDPMScheduler`]): The chain, with the `variance_type` "learned_range".
+        tokens (`torch.Tensor` of shape `(N, C)`): Normalised tokens. No gradient flows into them.
+        conditions (`torch.Tensor` of shape `(N, D)`): Of the transformer, whose gradients they carry.
+        timesteps (`torch.Tensor` of shape `(N,)`): As in [`diffusion_loss`].
+        noise (`torch.Tensor` of shape `(N, C)`): Standard normal.
+
+    Returns:
+        `dict[str, torch.Tensor]`: float32 of shape `(N,)`: "loss", the sum of "mse" and "vb", as [`diffusion_loss`].
+
+    Raises:
+        ValueError: As [`diffusion_loss`], or if there is not one condition for each token.
+        TypeError: If `timesteps` is not of an integer dtype.
+    """
+    if len(conditions) != len(tokens):
+        raise ValueError(f"`conditions` holds {len(conditions)} rows, allowed: {len(tokens)}, one for each token.")
+
+    def predict(noisy_tokens: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return transformer.denoise(noisy_tokens, timesteps, conditions)
+
+    return _denoising_losses(predict, scheduler, tokens.detach(), timesteps, noise)
+
+
+def _denoising_losses(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    scheduler: SchedulerMixin,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The losses of what `predict` makes of noisy latents and their timesteps: see [`diffusion_loss`]."""
     config = scheduler.config
     if noise.shape != latents.shape:
         raise ValueError(
@@ -112,11 +132,9 @@ def diffusion_loss(
 
     latents, noise = latents.float(), noise.float()
     noisy_latents = at_steps(alphas_cumprod.sqrt()) * latents + at_steps((1 - alphas_cumprod).sqrt()) * noise
-    prediction = transformer(
-        noisy_latents, timestep=to_device(timesteps, latents.device), class_labels=class_labels, **transformer_kwargs
-    ).sample.float()
+    prediction = predict(noisy_latents, to_device(timesteps, latents.device)).float()
 
-    channel_dim = -1 if latents.ndim == 3 else 1
+    channel_dim = 1 if latents.ndim == 4 else -1
     channels = latents.shape[channel_dim]
     learned = config.variance_type == "learned_range"
     if config.variance_type == "learned" or prediction.shape[channel_dim] != (2 if learned else 1) * channels:

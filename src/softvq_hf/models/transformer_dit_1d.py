@@ -315,8 +315,9 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     def initialize_weights(self) -> None:
         """
         Draw the weights that training from scratch starts from (DiT, section 3.2, adaLN-Zero): Xavier-uniform
-        projections with zero biases, N(0, 0.02) label table and time MLP, and zeros for all modulations and the output
-        projection. Every block is then the identity, and the prediction exactly zero.
+        projections with zero biases, where queries, keys and values count as one projection; N(0, 0.02) label table
+        and time MLP, and zeros for all modulations and the output projection. Every block is then the identity, and
+        the prediction exactly zero.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -328,6 +329,8 @@ class DiTTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         nn.init.normal_(self.timestep_embedder.linear_2.weight, std=0.02)
 
         for block in self.transformer_blocks:
+            for layer in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
+                nn.init.xavier_uniform_(layer.weight, gain=0.5**0.5)  # fan in and fan out are D and 3 D together
             nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(self.norm_out.linear.weight)
         nn.init.zeros_(self.proj_out.weight)

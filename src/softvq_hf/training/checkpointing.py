@@ -46,6 +46,7 @@ FREE_ARGUMENTS = {
     # validation and samples
     *("validation_steps", "validation_split", "max_validation_samples", "num_validation_images", "sampler"),
     *("num_inference_steps", "guidance_scale", "num_sample_classes", "num_samples_per_class"),
+    *("num_diffusion_steps", "temperature", "guidance_schedule", "clip_sample_range"),
     # how the same computation is done
     *("dataloader_num_workers", "gradient_checkpointing", "compile", "channels_last"),
     # compared by what they amount to: images per update, and the precision that accelerate settled on

@@ -24,9 +24,16 @@ from softvq_hf.conversion import convert_checkpoint
 from softvq_hf.conversion.published_models import load_published_models
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
+from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from softvq_hf.training.generator import build_ddpm_scheduler, get_image_size, load_tokenizer
+from softvq_hf.training.generator import (
+    build_ddpm_scheduler,
+    build_token_scheduler,
+    get_image_size,
+    load_tokenizer,
+)
 from softvq_hf.training.hub import export_model, export_pipeline, generator_card, pipeline_card, tokenizer_card
 from softvq_hf.training.official_checkpoints import (
     detect_system,
@@ -40,7 +47,7 @@ from softvq_hf.training.path_detection import FEWEST_IMAGES, PATH_TYPES, detect_
 
 logger = logging.getLogger(__name__)
 
-TOKENIZERS, GENERATORS = ("softvq",), ("sit", "dit")  # systems, by the folder that is made of them
+TOKENIZERS, GENERATORS = ("softvq",), ("sit", "dit", "mar")  # systems, by the folder that is made of them
 BETA_SCHEDULES = ("linear", "squaredcos_cap_v2")
 
 
@@ -62,7 +69,7 @@ def convert_pretrained(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-) -> ModelMixin | SoftVQPipeline:
+) -> ModelMixin | SoftVQPipeline | MARPipeline:
     """
     Convert an official checkpoint into a folder that diffusers loads.
 
@@ -70,7 +77,7 @@ def convert_pretrained(
     |---|---|
     | a tokenizer | the model, for `AutoencoderSoftVQ.from_pretrained(output_dir)` |
     | a generator | `transformer/` and `scheduler/`, for `from_pretrained(output_dir, subfolder="transformer")` |
-    | a generator, with `tokenizer` | a pipeline, for `SoftVQPipeline.from_pretrained(output_dir)` |
+    | a generator, with `tokenizer` | a pipeline, for `SoftVQPipeline.from_pretrained(output_dir)` or `MARPipeline` |
 
     Everything is checked and converted before the first file is written. The folder is written under another name
     beside `output_dir` and renamed when it is complete; after an error nothing is left. Only the weights of `source`
@@ -111,7 +118,8 @@ def convert_pretrained(
 
     Returns:
         [`AutoencoderSoftVQ`] (or the model that [`convert_checkpoint`] gives for the tokenizer),
-        [`DiTTransformer1DModel`] or [`SoftVQPipeline`]: what was written, float32, eval mode.
+        [`DiTTransformer1DModel`], [`MARTransformer1DModel`], [`SoftVQPipeline`] or [`MARPipeline`]: what was written,
+        float32, eval mode.
 
     Raises:
         ValueError: If an argument is not allowed or does not fit the others, `output_dir` is not empty or cannot be
@@ -204,7 +212,8 @@ def convert_pretrained(
             scheduler.save_pretrained(folder / "scheduler")
         return model
 
-    pipeline = SoftVQPipeline(vae=vae, transformer=model, scheduler=scheduler, id2label=id2label)
+    pipeline_class = MARPipeline if system == "mar" else SoftVQPipeline
+    pipeline = pipeline_class(vae=vae, transformer=model, scheduler=scheduler, id2label=id2label)
     card = pipeline_card(pipeline, **facts)
     _add_conversion(card, record)
     with new_folder(output_dir) as folder:
@@ -214,7 +223,7 @@ def convert_pretrained(
 
 def build_scheduler(
     system: str,
-    transformer: DiTTransformer1DModel,
+    transformer: DiTTransformer1DModel | MARTransformer1DModel,
     path_type: str | None = None,
     beta_schedule: str | None = None,
 ) -> SchedulerMixin:
@@ -222,15 +231,18 @@ def build_scheduler(
     The scheduler of a converted generator.
 
     Args:
-        system (`str`): "sit" or "dit".
-        transformer ([`DiTTransformer1DModel`]): The generator.
+        system (`str`): "sit", "dit" or "mar".
+        transformer ([`DiTTransformer1DModel`] or [`MARTransformer1DModel`]): The generator.
         path_type (`str`, *optional*): The path of a SiT: the SDE; without it the ODE.
         beta_schedule (`str`, *optional*): Of a DiT; by default that of the published models.
 
     Returns:
         [`~diffusers.SchedulerMixin`]: [`StochasticInterpolantScheduler`],
-        [`~diffusers.FlowMatchEulerDiscreteScheduler`] or [`~diffusers.DDPMScheduler`].
+        [`~diffusers.FlowMatchEulerDiscreteScheduler`], [`~diffusers.DDPMScheduler`] or
+        [`TemperatureDDPMScheduler`].
     """
+    if system == "mar":
+        return build_token_scheduler()
     if system == "sit":
         if path_type is None:
             return FlowMatchEulerDiscreteScheduler()
@@ -387,7 +399,9 @@ def _load_tokenizer(source: str | Path, hub_options: Mapping[str, Any]) -> Autoe
     return vae
 
 
-def _check_latents(transformer: DiTTransformer1DModel, vae: AutoencoderSoftVQ | AutoencoderKL) -> None:
+def _check_latents(
+    transformer: DiTTransformer1DModel | MARTransformer1DModel, vae: AutoencoderSoftVQ | AutoencoderKL
+) -> None:
     """Generator and tokenizer must speak of the same latents; an `AutoencoderKL` serves every size."""
     config = transformer.config
     if config.sample_size is not None:

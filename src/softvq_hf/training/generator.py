@@ -1,4 +1,4 @@
-"""What training a generator, finding its path and converting it share: a tokenizer's latents, and the DDPM chain."""
+"""What training a generator, finding its path and converting it share: a tokenizer's latents, and DDPM chains."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from safetensors import SafetensorError
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
+from softvq_hf.schedulers.scheduling_ddpm_temperature import TemperatureDDPMScheduler
 
 
 def load_tokenizer(name_or_path: str, **hub_options: Any) -> AutoencoderSoftVQ | AutoencoderKL:
@@ -49,6 +50,31 @@ def load_tokenizer(name_or_path: str, **hub_options: Any) -> AutoencoderSoftVQ |
     if wrong:
         raise ValueError(f"The tokenizer {name_or_path!r} has weights that do not fit its config: {wrong}.")
     return vae.eval()
+
+
+def load_transformer(model_class: type[ModelMixin], name_or_path: str) -> ModelMixin:
+    """
+    The transformer of a pipeline to go on from.
+
+    Args:
+        model_class (`type`): [`DiTTransformer1DModel`] or [`MARTransformer1DModel`].
+        name_or_path (`str`): A folder or a Hub repository with the transformer in `transformer`.
+
+    Raises:
+        ValueError: If it is of another class, or its weights do not fit its config.
+        OSError: If there is none.
+    """
+    class_name = model_class.load_config(name_or_path, subfolder="transformer").get("_class_name")
+    if class_name != model_class.__name__:
+        raise ValueError(
+            f"`--pretrained_model_name_or_path` is {name_or_path!r}, whose transformer is a {class_name}, allowed:"
+            f" {model_class.__name__}."
+        )
+    transformer, keys = model_class.from_pretrained(name_or_path, subfolder="transformer", output_loading_info=True)
+    wrong = {kind: names for kind, names in keys.items() if names}
+    if wrong:
+        raise ValueError(f"The transformer of {name_or_path!r} has weights that do not fit its config: {wrong}.")
+    return transformer
 
 
 def get_latent_shape(vae: AutoencoderSoftVQ | AutoencoderKL, resolution: int) -> tuple[int, ...]:
@@ -135,4 +161,25 @@ def build_ddpm_scheduler(beta_schedule: str, learned_variance: bool) -> DDPMSche
         variance_type="learned_range" if learned_variance else "fixed_large",
         clip_sample=False,
         timestep_spacing="linspace",
+    )
+
+
+def build_token_scheduler(clip_sample_range: float | None = None) -> TemperatureDDPMScheduler:
+    """
+    The chain of MAR's single tokens (arXiv 2406.11838): cosine schedule, learned variance, steps from the first to the
+    last.
+
+    Args:
+        clip_sample_range (`float`, *optional*): Largest absolute value of the data that the chain predicts, in
+            standard deviations; by default, as published, there is none.
+
+    Returns:
+        [`TemperatureDDPMScheduler`]: with 1000 training steps.
+    """
+    return TemperatureDDPMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        variance_type="learned_range",
+        timestep_spacing="linspace",
+        clip_sample=clip_sample_range is not None,
+        clip_sample_range=clip_sample_range or 1.0,
     )

@@ -25,6 +25,12 @@ from softvq_hf.training.logging import ARGUMENTS_FILE, RUN_FILE, library_version
 
 
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+# Kinds of generators as the cards name them
+PAPERS = {
+    "DiT": "[DiT](https://arxiv.org/abs/2212.09748)",
+    "SiT": "[SiT](https://arxiv.org/abs/2401.08740)",
+    "MAR": "[MAR](https://arxiv.org/abs/2406.11838)",
+}
 
 
 # Folders
@@ -309,12 +315,12 @@ def generator_card(
     The model card of a class-conditional transformer without its tokenizer, as [`export_model`] writes it.
 
     Args:
-        transformer ([`DiTTransformer1DModel`]): The transformer.
+        transformer ([`DiTTransformer1DModel`] or [`MARTransformer1DModel`]): The transformer.
         repo_id (`str`): Hub repository or folder that the card's code example loads.
         tokenizer (`str`, *optional*): Hub repository or folder of the tokenizer on whose latents it was trained.
         scheduler ([`~diffusers.SchedulerMixin`], *optional*):
-            The scheduler of its samples, which tells the objective. Without one a transformer with variance channels,
-            or with a `timestep_scale` of 1, counts as trained by DDPM, the others by flow matching.
+            The scheduler of its samples, which tells the objective. Without one a DiT transformer with variance
+            channels, or with a `timestep_scale` of 1, counts as trained by DDPM, the others by flow matching.
         subfolder (`str`, *optional*): Folder of the transformer inside the repository.
         has_source (`bool`, *optional*, defaults to `True`): As in [`tokenizer_card`].
         facts: Data, metrics and training, see [`CardFacts`].
@@ -327,16 +333,13 @@ def generator_card(
     """
     config = transformer.config
     latent_shape = _latent_shape(transformer)
-    predicts_variance = config.out_channels == 2 * config.in_channels
-    if scheduler is not None:
-        is_ddpm = _is_ddpm(scheduler)
-    else:
-        is_ddpm = predicts_variance or config.timestep_scale == 1
-        scheduler = None if is_ddpm else FlowMatchEulerDiscreteScheduler()
+    architecture = _architecture(transformer, scheduler)
+    if scheduler is None and architecture == "SiT":
+        scheduler = FlowMatchEulerDiscreteScheduler()
     return _model_card(
         kind="generator",
         pipeline_tag="unconditional-image-generation",
-        tags=["softvq-hf", "class-conditional-image-generation", "dit" if is_ddpm else "sit"],
+        tags=["softvq-hf", "class-conditional-image-generation", architecture.lower()],
         task_type="class-conditional-image-generation",
         repo_id=repo_id,
         has_source=has_source,
@@ -348,8 +351,10 @@ def generator_card(
         scheduler_name=type(scheduler).__name__,
         scheduler_package="diffusers" if scheduler is None or _is_of_diffusers(scheduler) else "softvq_hf",
         subfolder=subfolder,
-        is_ddpm=is_ddpm,
-        predicts_variance=predicts_variance,
+        architecture=architecture,
+        paper=PAPERS[architecture],
+        pipeline_name="MARPipeline" if architecture == "MAR" else "SoftVQPipeline",
+        predicts_variance=_predicts_variance(transformer),
         latents=_latents_in_words(*latent_shape),
         latent_shape=", ".join(map(str, latent_shape)),
         num_classes=config.num_classes,
@@ -365,7 +370,7 @@ def pipeline_card(
     The model card of a generator with its tokenizer, as [`export_pipeline`] writes it.
 
     Args:
-        pipeline ([`SoftVQPipeline`]): The pipeline.
+        pipeline ([`SoftVQPipeline`] or [`MARPipeline`]): The pipeline.
         repo_id (`str`): Hub repository or folder that the card's code example loads.
         has_source (`bool`, *optional*, defaults to `True`): As in [`tokenizer_card`].
         facts: Data, metrics and training, see [`CardFacts`].
@@ -378,19 +383,20 @@ def pipeline_card(
     """
     transformer, vae = pipeline.transformer, pipeline.vae
     height, width = get_image_size(vae, transformer)
-    is_ddpm = _is_ddpm(pipeline.scheduler)
+    architecture = _architecture(transformer, pipeline.scheduler)
     return _model_card(
         kind="pipeline",
         pipeline_tag="unconditional-image-generation",
-        tags=["softvq-hf", "class-conditional-image-generation", "dit" if is_ddpm else "sit"],
+        tags=["softvq-hf", "class-conditional-image-generation", architecture.lower()],
         task_type="class-conditional-image-generation",
         repo_id=repo_id,
         has_source=has_source,
         facts=facts,
         model_config={name: _public_config(component) for name, component in pipeline.components.items()},
         system=_tokenizer_system(vae),
-        is_ddpm=is_ddpm,
-        predicts_variance=pipeline.predicts_variance,
+        architecture=architecture,
+        paper=PAPERS[architecture],
+        predicts_variance=_predicts_variance(transformer),
         height=height,
         width=width,
         latents=_latents_in_words(*_latent_shape(transformer)),
@@ -618,8 +624,21 @@ def _without_folders(text: str) -> str:
     return re.sub(r"""(?<![\w:/.~-])~?/(?:[^/\s"']+/)*([^/\s"']+)/?""", r"\1", text)
 
 
-def _is_ddpm(scheduler: SchedulerMixin) -> bool:
-    return "beta_schedule" in scheduler.config and not scheduler.config.get("use_flow_sigmas", False)
+def _architecture(transformer: ModelMixin, scheduler: SchedulerMixin | None) -> str:
+    """The kind of a generator: "MAR", "DiT" (DDPM) or "SiT" (flow matching)."""
+    if "buffer_size" in transformer.config:
+        return "MAR"
+    if scheduler is None:
+        is_ddpm = _predicts_variance(transformer) or transformer.config.timestep_scale == 1
+    else:
+        is_ddpm = "beta_schedule" in scheduler.config and not scheduler.config.get("use_flow_sigmas", False)
+    return "DiT" if is_ddpm else "SiT"
+
+
+def _predicts_variance(transformer: ModelMixin) -> bool:
+    """Whether variance channels follow those of the noise, for whole latents (DiT)."""
+    config = transformer.config
+    return config.get("out_channels") == 2 * config.in_channels
 
 
 def _tokenizer_system(vae: ModelMixin) -> str:
@@ -634,6 +653,8 @@ def _tokenizer_system(vae: ModelMixin) -> str:
 
 def _latent_shape(transformer: ModelMixin) -> tuple[int, ...]:
     config = transformer.config
+    if "buffer_size" in config:  # MAR, whose latents are tokens, of 2-D ones their patches
+        return transformer.num_tokens, transformer.token_channels
     if config.sample_size is not None:
         return config.in_channels, config.sample_size, config.sample_size
     return config.num_tokens, config.in_channels

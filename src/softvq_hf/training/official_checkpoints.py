@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from softvq_hf.conversion import sit, softvq
+from softvq_hf.conversion import mar, sit, softvq
 from softvq_hf.conversion.state_dict import strip_wrapper_prefixes
 
 
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # What the configs of SiT models have, and those of DiT models have not.
 SIT_CONFIG_KEYS = ("decoder_hidden_size", "path_type", "use_cfg", "z_dims")
+# What the weights of MAR have, and those of other systems have not.
+MAR_KEY = "diffloss.net.input_proj.weight"
 
 
 def load_official_checkpoint(
@@ -112,22 +114,24 @@ def detect_system(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, A
     """
     Tell the system of an official checkpoint by its keys and its config.
 
-    Tokenizers have a `quant_conv` between `encoder` and `decoder`, generators an `x_embedder` and a `final_layer`. A
-    generator is a DiT if its final layer has twice as many outputs as its embedding has inputs, or if its config says
-    whether the variance is learned (`learn_sigma`); otherwise it is a SiT.
+    Tokenizers have a `quant_conv` between `encoder` and `decoder`, MAR has a `diffloss`, other generators have an
+    `x_embedder` and a `final_layer`. Such a one is a DiT if its final layer has twice as many outputs as its embedding
+    has inputs, or if its config says whether the variance is learned (`learn_sigma`); otherwise it is a SiT.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): Official weights, wrapper prefixes stripped.
         config (`Mapping[str, Any]`): The official flat config.
 
     Returns:
-        `str`: "softvq", "sit" or "dit".
+        `str`: "softvq", "sit", "dit" or "mar".
 
     Raises:
         ValueError: If the keys are those of no system, or keys and config point to different ones.
     """
     if is_tokenizer(state_dict):
         return "softvq"
+    if MAR_KEY in state_dict:
+        return "mar"
     embedding = state_dict.get("x_embedder.weight", state_dict.get("x_embedder.proj.weight"))
     projection = state_dict["final_layer.linear.weight"]
     for name, tensor in (("x_embedder", embedding), ("final_layer.linear", projection)):
@@ -262,10 +266,13 @@ def _load_training_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
             f" torch.save ({type(error).__name__})."
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, allowed: a dictionary with 'ema' or 'model'.")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, allowed: a dictionary with 'ema', 'model_ema' or 'model'."
+        )
 
     weights = next(
-        (name for name in ("ema", "model") if isinstance(content.get(name), Mapping) and content[name]), None
+        (name for name in ("ema", "model_ema", "model") if isinstance(content.get(name), Mapping) and content[name]),
+        None,
     )
     if weights is not None:
         logger.info(f"{path}: taking the weights of its entry {weights!r}")
@@ -277,8 +284,9 @@ def _load_training_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
     ]
     if others or not weights:
         raise ValueError(
-            f"{path} holds no weights where they are expected, under 'ema' or 'model' or at the top: its entries are"
-            f" {', '.join(map(str, content)) or 'none'}, and not tensors are {', '.join(map(str, others)) or 'none'}."
+            f"{path} holds no weights where they are expected, under 'ema', 'model_ema' or 'model' or at the top: its"
+            f" entries are {', '.join(map(str, content)) or 'none'}, and not tensors are"
+            f" {', '.join(map(str, others)) or 'none'}."
         )
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -289,6 +297,9 @@ def _config_from_args(path: Path, state_dict: Mapping[str, torch.Tensor], args: 
     """The config of a training file that comes without one, if the arguments of its run hold it."""
     if is_tokenizer(state_dict):
         required, optional = softvq.REQUIRED_CONFIG_KEYS | softvq.VIT_CONFIG_KEYS, softvq.OPTIONAL_CONFIG_KEYS
+    elif MAR_KEY in state_dict:
+        sizes = {"model": str} if "model" in args else mar.SIZE_CONFIG_KEYS
+        required, optional = mar.REQUIRED_CONFIG_KEYS | sizes, mar.OPTIONAL_CONFIG_KEYS
     else:
         required, optional = sit.REQUIRED_CONFIG_KEYS, sit.OPTIONAL_CONFIG_KEYS
     missing = [key for key in required if key not in args]
@@ -316,12 +327,13 @@ def is_tokenizer(state_dict: Mapping[str, torch.Tensor]) -> bool:
     """
     parts = {key.partition(".")[0] for key in state_dict}
     has_tokenizer = {"encoder", "decoder", "quant_conv"} <= parts
-    has_generator = "final_layer.linear.weight" in state_dict and bool(
-        {"x_embedder.weight", "x_embedder.proj.weight"} & state_dict.keys()
+    has_generator = MAR_KEY in state_dict or (
+        "final_layer.linear.weight" in state_dict
+        and bool({"x_embedder.weight", "x_embedder.proj.weight"} & state_dict.keys())
     )
     if has_tokenizer == has_generator:
         raise ValueError(
             f"`system` cannot be told from keys that start with {', '.join(sorted(parts))}. A tokenizer (softvq) has"
-            " encoder, decoder and quant_conv, a generator (sit, dit) x_embedder and final_layer."
+            " encoder, decoder and quant_conv, a generator (sit, dit) x_embedder and final_layer, or (mar) diffloss."
         )
     return has_tokenizer

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,32 +25,40 @@ BITSANDBYTES_OPTIMIZERS = {"adam": "Adam8bit", "adamw": "AdamW8bit"}
 
 
 def build_optimizer(
-    args: TrainingArguments, parameters: Iterable[torch.nn.Parameter], learning_rate: float
+    args: TrainingArguments,
+    parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+    learning_rate: float,
 ) -> torch.optim.Optimizer:
     """
     The optimizer named `args.optimizer`: "adam" or "adamw", by torch's fused kernels ("_fused" says so), or with
-    "_8bit" (states of eight bits, of bitsandbytes). Frozen parameters are left out. Weight decay reaches "adamw" only:
-    Adam's would be another algorithm.
+    "_8bit" (states of eight bits, of bitsandbytes). `parameters` may be groups of torch (mappings with "params" and
+    settings of their own). Frozen parameters are left out. Weight decay reaches "adamw" only: Adam's would be another
+    algorithm.
 
     Raises:
         ValueError: If every parameter is frozen, or bitsandbytes is needed and not installed.
     """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    if not parameters:
+    parameters = list(parameters)
+    groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
+    groups = [
+        group | {"params": [parameter for parameter in group["params"] if parameter.requires_grad]} for group in groups
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
         raise ValueError("Nothing is left to train: all parameters are frozen.")
     algorithm, _, variant = args.optimizer.partition("_")
     settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if algorithm == "adamw":
         settings["weight_decay"] = args.adam_weight_decay
     if variant != "8bit":
-        return OPTIMIZERS[algorithm](parameters, fused=True, **settings)
+        return OPTIMIZERS[algorithm](groups, fused=True, **settings)
     try:
         import bitsandbytes
     except ImportError as error:
         raise ValueError(
             f"`--optimizer` is {args.optimizer!r}, which needs bitsandbytes: `pip install bitsandbytes`. ({error})"
         ) from error
-    return getattr(bitsandbytes.optim, BITSANDBYTES_OPTIMIZERS[algorithm])(parameters, **settings)
+    return getattr(bitsandbytes.optim, BITSANDBYTES_OPTIMIZERS[algorithm])(groups, **settings)
 
 
 def build_lr_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer, max_train_steps: int) -> LambdaLR:

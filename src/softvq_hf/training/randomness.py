@@ -33,9 +33,9 @@ class BatchGenerators:
         """Standard-normal draws, float32 of shape `(B, *shape)`, each sample's from its own generator."""
         return torch.stack([torch.randn(shape, generator=generator) for generator in self.samples])
 
-    def randint(self, high: int) -> torch.Tensor:
-        """Integers from 0 to `high - 1`, int64 of shape `(B,)`, each sample's from its own generator."""
-        return torch.stack([torch.randint(high, (), generator=generator) for generator in self.samples])
+    def randint(self, high: int, *shape: int) -> torch.Tensor:
+        """Integers from 0 to `high - 1`, int64 of shape `(B, *shape)`, each sample's from its own generator."""
+        return torch.stack([torch.randint(high, shape, generator=generator) for generator in self.samples])
 
 
 def batch_generators(seed: int, step: int, epoch: int, first_sample: int, batch_size: int) -> BatchGenerators:

@@ -8,6 +8,7 @@ from softvq_hf.losses import AlignmentLoss, diffusion_loss, flow_matching_loss, 
 from softvq_hf.losses.draws import to_device
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel, Transformer1DModelOutput
 from softvq_hf.training.arguments import check_model_config
+from softvq_hf.training.generator import load_transformer
 from softvq_hf.training.generator_arguments import SiTTrainingArguments
 from softvq_hf.training.randomness import BatchGenerators
 
@@ -27,9 +28,7 @@ def build_transformer(
         ValueError: If the transformer fits neither the latents, the classes nor the objective.
     """
     if args.pretrained_model_name_or_path is not None:
-        transformer = DiTTransformer1DModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="transformer"
-        )
+        transformer = load_transformer(DiTTransformer1DModel, args.pretrained_model_name_or_path)
     else:
         check_model_config(DiTTransformer1DModel, args.model)
         from_latents = {"num_classes": num_classes}

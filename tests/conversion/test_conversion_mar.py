@@ -1,0 +1,105 @@
+"""Official MAR checkpoints: their numbers, training files, and what must not convert."""
+
+import pytest
+import torch
+
+from softvq_hf.conversion import convert_checkpoint
+from softvq_hf.conversion.mar import NAMED_SIZES
+
+
+@pytest.fixture
+def mar(golden):
+    description, tensors = golden("mar")
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    return weights, description["config"]
+
+
+def state(model):
+    return dict(model.state_dict())
+
+
+def test_every_weight_is_there(mar):
+    weights, config = mar
+    model = convert_checkpoint("mar", weights, config)
+    assert not model.training and model.dtype == torch.float32
+    assert model.num_parameters() == sum(weight.numel() for weight in weights.values())
+    assert model.config.sample_size == 4 and model.num_tokens == 16 and model.config.num_classes == 10
+    assert torch.equal(model.class_embedder.weight[10:], weights["fake_latent"])
+    query, key, value = weights["encoder_blocks.1.attn.qkv.weight"].chunk(3)
+    attention = model.encoder_blocks[1].attn
+    for layer, expected in zip((attention.to_q, attention.to_k, attention.to_v), (query, key, value), strict=True):
+        assert torch.equal(layer.weight, expected)
+
+
+def test_training_files_and_wrappers(mar):
+    weights, config = mar
+    expected = state(convert_checkpoint("mar", weights, config))
+    others = {name: weight + 1 for name, weight in weights.items()}
+    wrapped = {f"module._orig_mod.{name}": weight for name, weight in weights.items()}
+    for state_dict in (
+        {"model": others, "model_ema": weights, "optimizer": {}, "epoch": 3},
+        {"model": weights, "epoch": 3},
+        wrapped,
+    ):
+        converted = state(convert_checkpoint("mar", state_dict, config))
+        assert all(torch.equal(converted[name], expected[name]) for name in expected)
+
+
+def test_sizes_by_name():
+    sizes = {name: tuple(size.values()) for name, size in NAMED_SIZES.items()}
+    assert sizes == {
+        "mar_base": (768, 12, 12, 768, 12, 12),
+        "mar_large": (1024, 16, 16, 1024, 16, 16),
+        "mar_huge": (1280, 20, 16, 1280, 20, 16),
+    }
+
+
+def test_names_of_the_official_scripts():
+    config = {
+        "model": "mar_base",
+        "img_size": 256,
+        "vae_stride": 16,
+        "patch_size": 1,
+        "vae_embed_dim": 16,
+        "buffer_size": 64,
+        "diffloss_d": 6,
+        "diffloss_w": 1024,
+    }
+    with pytest.raises(ValueError, match="`state_dict` has class_emb.weight of shape None, allowed"):
+        with torch.device("meta"):
+            convert_checkpoint("mar", {}, config)
+    with pytest.raises(
+        ValueError, match="`config\\['model'\\]` is 'mar_tiny', allowed: mar_base, mar_large, mar_huge"
+    ):
+        convert_checkpoint("mar", {}, config | {"model": "mar_tiny"})
+    with pytest.raises(ValueError, match="`config` lacks encoder_embed_dim, encoder_depth"):
+        convert_checkpoint("mar", {}, {key: value for key, value in config.items() if key != "model"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"img_size": 18}, r"`config\['img_size'\]` is 18, allowed: multiples of `vae_stride` \* `patch_size` = 4"),
+        ({"buffer_size": 0}, r"`config\['buffer_size'\]` is 0, allowed: positive integers"),
+        ({"encoder_num_heads": 5}, "`encoder_hidden_size` must be a multiple of `encoder_num_attention_heads` = 5"),
+        ({"buffer_size": 7}, "mis-shaped: decoder_pos_embed_learned .*, encoder_pos_embed_learned"),
+        ({"encoder_depth": 3}, "missing: encoder_blocks.2"),
+        ({"diffloss_d": 1}, "unexpected: diffloss.net.res_blocks.1"),
+        ({"class_num": 11}, "`state_dict` has class_emb.weight of shape \\(10, 48\\), allowed: \\(11, 48\\)"),
+    ],
+)
+def test_configs_that_do_not_fit(mar, change, message):
+    weights, config = mar
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint("mar", weights, config | change)
+
+
+def test_weights_that_do_not_fit(mar):
+    weights, config = mar
+    for name in ("fake_latent", "mask_token"):
+        with pytest.raises(ValueError, match=name):
+            convert_checkpoint("mar", {key: value for key, value in weights.items() if key != name}, config)
+    with pytest.raises(ValueError, match="1 unexpected: surplus"):
+        convert_checkpoint("mar", weights | {"surplus": torch.zeros(1)}, config)
+    with pytest.raises(ValueError, match="not finite numbers: mask_token"):
+        convert_checkpoint("mar", weights | {"mask_token": torch.full((1, 1, 48), torch.nan)}, config)
