@@ -84,6 +84,8 @@ AUTOENCODER_KL = {
 GUIDANCE_INTERVAL = (0.0, 0.7)
 # Largest difference of latents that should be equal, as a share of the largest entry.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
+# The chain of MAR's tokens multiplies rounding errors.
+MAR_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.2}
 
 
 @dataclass(kw_only=True)
@@ -463,7 +465,7 @@ def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) 
             latents[name] = systems[name].sample(labels=[1, 2, 2], num_inference_steps=5, generator=generator)
             pipeline.scheduler = scheduler
         for name in names[1:]:
-            differences[name] = largest_difference(args, latents, names[0], name)
+            differences[name] = largest_difference(latents, names[0], name, TOLERANCES[args.dtype])
     if {"mar_b_64", "official_mar_b_64"} <= set(systems):
         names, latents = ("mar_b_64", "official_mar_b_64"), {}
         transformer = systems["mar_b_64"].pipeline.transformer
@@ -476,24 +478,22 @@ def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) 
         for name in names:
             system = systems[name]
             latents[name] = system.sample(labels=[1, 2], num_inference_steps=1, generator=generator, **draws)
-        differences["official_mar_b_64"] = largest_difference(args, latents, *names)
+        differences["official_mar_b_64"] = largest_difference(latents, *names, MAR_TOLERANCES[args.dtype])
     return differences
 
 
-def largest_difference(
-    args: GenerationBenchmarkArguments, latents: dict[str, torch.Tensor], name: str, other: str
-) -> float:
+def largest_difference(latents: dict[str, torch.Tensor], name: str, other: str, tolerance: float) -> float:
     """
     Of two results, as a share of the largest entry.
 
     Raises:
-        ValueError: If it is more than is allowed.
+        ValueError: If it is more than `tolerance`.
     """
     difference = ((latents[other] - latents[name]).abs().max() / latents[name].abs().max()).item()
-    if not difference <= TOLERANCES[args.dtype]:
+    if not difference <= tolerance:
         raise ValueError(
-            f"The latents of {other} and {name} differ by {difference:.3g} of the largest entry,"
-            f" allowed: {TOLERANCES[args.dtype]:g}."
+            f"The latents of {other} and {name} differ by {difference:.3g} of the largest entry, allowed:"
+            f" {tolerance:g}."
         )
     return difference
 

@@ -354,9 +354,9 @@ class MARPipeline(DiffusionPipeline):
                 kernels on GPUs. Modes with CUDA graphs are refused: the graph of a block would overwrite what the
                 block before has left.
             freeze_weights (`bool`, *optional*, defaults to `False`):
-                Whether transformer and denoiser are compiled as a whole with their weights of now, in the order in
-                which the processor multiplies them: for CPUs. Changes of weights, such as by a LoRA, may have no
-                effect on them afterwards. It takes the memory of their weights once more.
+                Whether the denoiser is compiled as a whole with its weights of now, in the order in which the
+                processor multiplies them: for CPUs. Changes of weights, such as by a LoRA, may have no effect on it
+                afterwards. It takes the memory of its weights once more.
 
         Raises:
             ValueError: If `mode` is not allowed.
@@ -364,7 +364,8 @@ class MARPipeline(DiffusionPipeline):
         if mode not in COMPILE_MODES:
             raise ValueError(f"`mode` is {mode!r}, allowed: {', '.join(map(repr, COMPILE_MODES))}.")
         if freeze_weights:
-            self.transformer.compile(mode=mode)
+            for block in (*self.transformer.encoder_blocks, *self.transformer.decoder_blocks):
+                block.compile(mode=mode)
             self.transformer.denoiser.compile(mode=mode)
         else:
             self.transformer.compile_repeated_blocks(mode=mode)
@@ -687,14 +688,13 @@ class MARPipeline(DiffusionPipeline):
 
                 visible = orders[:, num_unknown:].sort(dim=1).values.to(device)
                 predicted = orders[:, remaining:num_unknown].sort(dim=1).values.to(device)
-                with self.compile_options():
-                    conditions = transformer(
-                        latents.to(transformer.dtype).repeat(copies, 1, 1),
-                        class_labels=class_labels,
-                        visible_positions=visible.repeat(copies, 1),
-                        predicted_positions=predicted.repeat(copies, 1),
-                        return_dict=False,
-                    )[0].flatten(0, 1)
+                conditions = transformer(
+                    latents.to(transformer.dtype).repeat(copies, 1, 1),
+                    class_labels=class_labels,
+                    visible_positions=visible.repeat(copies, 1),
+                    predicted_positions=predicted.repeat(copies, 1),
+                    return_dict=False,
+                )[0].flatten(0, 1)
                 if i == 0 and self.precomputes_conditioning:  # after a call, so that the weights are there
                     timestep_embeds = transformer.embed_timesteps(self.scheduler.timesteps.to(device))
 
