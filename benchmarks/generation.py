@@ -559,9 +559,10 @@ def compare(args: GenerationBenchmarkArguments, systems: dict[str, System], whol
                 ratios[f"{name}.vs_{other}.latents.batch_{batch_size}"] = whole.ratio(
                     f"{name}.latents@{batch_size}", f"{other}.latents@{batch_size}"
                 )
-        if {f"eager_{tokens}", f"official_{tokens}"} <= set(systems):
-            own, baseline = best_batch(f"eager_{tokens}", whole), best_batch(f"official_{tokens}", whole)
-            ratios[f"eager_{tokens}.vs_official_{tokens}"] = whole.ratio(own, baseline)
+        for other in (f"official_{tokens}", "eager_2d"):
+            if {f"eager_{tokens}", other} <= set(systems):
+                own, baseline = best_batch(f"eager_{tokens}", whole), best_batch(other, whole)
+                ratios[f"eager_{tokens}.vs_{other}"] = whole.ratio(own, baseline)
     if args.mar:
         for other in ("official_mar_b_64", "sit_b_64", "sit_xl_64"):
             if {"mar_b_64", other} <= set(systems):

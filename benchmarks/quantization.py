@@ -127,15 +127,12 @@ def relative_error(values: torch.Tensor, reference: torch.Tensor, dim: tuple[int
 def build_contestant(
     transformer: DiTTransformer1DModel, noise: torch.Tensor, class_labels: torch.Tensor
 ) -> Contestant:
-    """One call of a transformer in a step of the pipeline, which has computed its modulation for many steps before."""
+    """One call of a transformer."""
     latents, timestep = noise.to(transformer.dtype), 0.5 / transformer.config.timestep_scale
-    timesteps = torch.full((len(class_labels),), timestep, device=class_labels.device)
-    with torch.no_grad():
-        modulation = transformer.compute_modulation(timesteps, class_labels)
 
     @torch.no_grad()
     def call() -> torch.Tensor:
-        return transformer(latents, timestep, class_labels, modulation=modulation).sample
+        return transformer(latents, timestep, class_labels).sample
 
     return Contestant(call)
 

@@ -260,12 +260,13 @@ def test_operations_and_bytes_are_counted(load):
     assert counter.total == 4 * (8 * 16 + 16 * 4 + 8 * 4)
 
 
-def test_operations_of_a_transformer_are_the_published_ones(load, tmp_path):
-    """Multiplications of SiT-XL on 64 tokens: 29.03e9 (twice as many operations)."""
+@pytest.mark.parametrize(("num_tokens", "expected"), [(32, 14.57), (64, 29.03), (256, 118.62), (1024, 524.5)])
+def test_operations_of_a_transformer_are_the_published_ones(load, tmp_path, num_tokens, expected):
+    """Multiplications of SiT-XL for one sample, in 10^9; operations are twice as many."""
     scaling = load("scaling")
     args = scaling.ScalingArguments(output_dir=str(tmp_path), num_layers=28, device="cpu", dtype="float32")
-    operations, _ = scaling.Workload(partial(scaling.call_transformer, args, 64, 1), 1).count()
-    assert operations / 2e9 == pytest.approx(29.03, abs=0.01)
+    operations, _ = scaling.Workload(partial(scaling.call_transformer, args, num_tokens, 1), 1).count()
+    assert operations / 2e9 == pytest.approx(expected, rel=1e-3)
 
 
 # check_ratios.py

@@ -23,7 +23,8 @@ from softvq_hf.training.checkpointing import open_output_dir
 from softvq_hf.training.dataloader import build_dataloader, check_dataset_size
 from softvq_hf.training.generator import build_token_scheduler, get_latent_shape
 from softvq_hf.training.generator_arguments import MARTrainingArguments
-from softvq_hf.training.generator_loop import check_length, create_hub_repo, train_generator
+from softvq_hf.training.generator_loop import check_length, train_generator
+from softvq_hf.training.hub import create_run_repo
 from softvq_hf.training.mar import MARWithLoss, build_mar, check_pretrained_latents, parameter_groups
 from softvq_hf.training.randomness import BatchGenerators
 
@@ -42,7 +43,7 @@ def main(args: MARTrainingArguments) -> None:
     check_output_dir(args.output_dir)
     accelerator = build_accelerator(args)
     checkpoint = open_output_dir(accelerator, args)
-    repo_id = create_hub_repo(accelerator, args)
+    repo_id = create_run_repo(accelerator, args)
 
     # 1. Data: cached latents, and the tokenizer they are of
     with accelerator.main_process_first():

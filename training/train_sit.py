@@ -30,7 +30,8 @@ from softvq_hf.training.dataloader import build_dataloader, check_dataset_size
 from softvq_hf.training.distributed import place_teacher
 from softvq_hf.training.generator import build_ddpm_scheduler, encode_latents, get_latent_shape, load_tokenizer
 from softvq_hf.training.generator_arguments import SiTTrainingArguments
-from softvq_hf.training.generator_loop import check_length, create_hub_repo, train_generator
+from softvq_hf.training.generator_loop import check_length, train_generator
+from softvq_hf.training.hub import create_run_repo
 from softvq_hf.training.randomness import BatchGenerators
 from softvq_hf.training.transformer import TransformerWithLoss, build_transformer
 
@@ -65,7 +66,7 @@ def main(args: SiTTrainingArguments) -> None:
     accelerator = build_accelerator(args)
     device = accelerator.device
     checkpoint = open_output_dir(accelerator, args)
-    repo_id = create_hub_repo(accelerator, args)
+    repo_id = create_run_repo(accelerator, args)
 
     # 1. Data: latents, or images and the tokenizer that encodes them
     with accelerator.main_process_first():

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from huggingface_hub import create_repo
 from tqdm.auto import tqdm
 
 from softvq_hf.data import ImageDataset, StreamingImageDataset, collate_images, load_image_dataset
@@ -37,7 +36,7 @@ from softvq_hf.training.dataloader import (
 )
 from softvq_hf.training.distributed import averaged_model, backward, place_teacher, prepare_model
 from softvq_hf.training.fine_tuning import merged_tokenizer
-from softvq_hf.training.hub import export_model, push_folder, tokenizer_card
+from softvq_hf.training.hub import create_run_repo, export_model, push_folder, tokenizer_card
 from softvq_hf.training.logging import (
     MetricsLogger,
     mean_over_batches,
@@ -141,9 +140,7 @@ def main(args: SoftVQTrainingArguments) -> None:
             "`--adaptive_adversarial_weight` compares gradients that are too small for fp16, allowed with it:"
             " `--mixed_precision bf16` or no."
         )
-    repo_id = args.repo_id
-    if args.push_to_hub and accelerator.is_main_process:  # before the work: a token that cannot write is an error now
-        repo_id = create_repo(repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id
+    repo_id = create_run_repo(accelerator, args)
 
     # 1. Data
     with accelerator.main_process_first():

@@ -50,6 +50,16 @@ MAR = {
     "denoiser_hidden_size": 16,
     "denoiser_num_layers": 1,
 }
+GENERATOR_RUN = {
+    "train_batch_size": 4,
+    "max_train_steps": 6,
+    "learning_rate": 1e-3,
+    "checkpointing_steps": 2,
+    "validation_steps": 3,
+    "num_inference_steps": 2,
+    "num_sample_classes": 3,
+    "num_samples_per_class": 2,
+}
 TRANSFORMER = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 
 
@@ -112,33 +122,12 @@ def tokenizer_args() -> list[str]:
 
 @pytest.fixture
 def sit_args() -> list[str]:
-    return _flags(
-        model=json.dumps(TRANSFORMER),
-        train_batch_size=4,
-        max_train_steps=6,
-        learning_rate=1e-3,
-        checkpointing_steps=2,
-        validation_steps=3,
-        num_inference_steps=2,
-        num_sample_classes=3,
-        num_samples_per_class=2,
-    )
+    return _flags(model=json.dumps(TRANSFORMER), **GENERATOR_RUN)
 
 
 @pytest.fixture
 def mar_args() -> list[str]:
-    return _flags(
-        model=json.dumps(MAR),
-        train_batch_size=4,
-        max_train_steps=6,
-        learning_rate=1e-3,
-        checkpointing_steps=2,
-        validation_steps=3,
-        num_inference_steps=2,
-        num_diffusion_steps=2,
-        num_sample_classes=3,
-        num_samples_per_class=2,
-    )
+    return _flags(model=json.dumps(MAR), num_diffusion_steps=2, **GENERATOR_RUN)
 
 
 def _flags(**arguments) -> list[str]:

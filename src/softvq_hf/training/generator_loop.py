@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import create_repo
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -36,13 +35,6 @@ from softvq_hf.training.validation import image_grid
 
 
 logger = get_logger(__name__)
-
-
-def create_hub_repo(accelerator: Accelerator, args: GeneratorTrainingArguments) -> str | None:
-    """Make the repository before the work, so that a token that cannot write is an error now. Gives its id, if any."""
-    if not (args.push_to_hub and accelerator.is_main_process):
-        return args.repo_id
-    return create_repo(args.repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id
 
 
 def check_length(accelerator: Accelerator, args: GeneratorTrainingArguments, train_dataloader: DataLoader) -> int:
@@ -76,7 +68,7 @@ def train_generator(
         accelerator (`Accelerator`): The accelerator; nothing but the loader has been prepared.
         args (`GeneratorTrainingArguments`): Everything that is the same for all generators.
         checkpoint (`Path`, *optional*): The checkpoint to resume from, as `open_output_dir` finds it.
-        repo_id (`str`, *optional*): Hub repository of the result, from [`create_hub_repo`].
+        repo_id (`str`, *optional*): Hub repository of the result, from [`~softvq_hf.training.hub.create_run_repo`].
         model (`torch.nn.Module`):
             Called as `model(latents, class_labels, generators, *rest)`, gives "loss" and other scalars by name. Its
             `transformer` is averaged and saved.

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import yaml
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, file_exists, upload_folder
 
+from softvq_hf.training.arguments import TrainingArguments
 from softvq_hf.training.generator import get_image_size
 from softvq_hf.training.logging import ARGUMENTS_FILE, RUN_FILE, library_versions, without_hub_token, write_atomically
 
@@ -151,6 +153,22 @@ def push_to_hub(
             commit_message=commit_message or f"Upload {type(model).__name__}",
             create_pr=create_pr,
         )
+
+
+def create_run_repo(accelerator: Accelerator, args: TrainingArguments) -> str | None:
+    """
+    Make the repository of a training run before its work, so that a token that cannot write is an error then.
+
+    Args:
+        accelerator (`Accelerator`): The main process makes it.
+        args (`TrainingArguments`): `push_to_hub`, `repo_id`, `hub_token` and `hub_private`.
+
+    Returns:
+        `str` or `None`: the id of the repository, on the main process with its owner.
+    """
+    if not (args.push_to_hub and accelerator.is_main_process):
+        return args.repo_id
+    return create_repo(args.repo_id, token=args.hub_token, private=args.hub_private or None, exist_ok=True).repo_id
 
 
 def push_folder(
