@@ -297,6 +297,15 @@ def test_wrong_arguments_that_the_pipeline_knows(evaluate, tmp_path):
     assert not (tmp_path / "samples/images").exists()
 
 
+def test_pipelines_of_mar_are_refused(evaluate, tmp_path):
+    (tmp_path / "mar").mkdir()
+    for class_name in ("MARPipeline", ["pipeline_mar", "MARPipeline"]):  # saved, and exported with its source
+        (tmp_path / "mar/model_index.json").write_text(json.dumps({"_class_name": class_name}))
+        with pytest.raises(ValueError, match="`--pipeline` is '.*mar', a MARPipeline, allowed: a SoftVQPipeline"):
+            evaluate("samples", pipeline=tmp_path / "mar")
+    assert not (tmp_path / "samples/images").exists()
+
+
 def test_a_pipeline_that_cannot_be_loaded(evaluate, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="`--pipeline` is '.*empty', which cannot be loaded"):

@@ -139,6 +139,11 @@ def test_mar(official, tmp_path, named_args):
     scheduler = TemperatureDDPMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
     assert (scheduler.config.variance_type, scheduler.config.clip_sample) == ("learned_range", False)
 
+    code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)  # what its card shows
+    assert names["conditions"].shape == (1, 16, 48)
+
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
