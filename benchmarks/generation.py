@@ -22,7 +22,10 @@ scaled by the number of samples that pass the transformer. MAR is timed as a who
 by itself and added; systems with the same decoder share its time.
 
 `--output_dir` gets `generation.json` and `generation.md`. Ratios are images per second with decoding, or without it
-(`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`).
+(`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`). `.peak_share` is
+what the transformer multiplies and adds per second of latents, the modulation left out, over those of a product of two
+square matrices; `.memory` is how many times as much memory another system needs for weights and a call, at the batch
+at which this one is best. Weights that a compiler keeps once more are in neither.
 """
 
 import copy
@@ -53,11 +56,13 @@ from side_by_side import (
     default_dtype,
     markdown_table,
     random_model,
+    square_product,
     time_in_turn,
     weights_bytes,
     working_memory,
     write_report,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
@@ -106,6 +111,7 @@ class GenerationBenchmarkArguments:
     mar: bool = field(default=False, metadata={"help": "Time MAR-B on 64 tokens, and SiT-B, too."})
     num_mar_steps: int = field(default=64, metadata={"help": "Autoregressive steps of MAR."})
     rounds: int = field(default=3, metadata={"help": "Timed calls of each."})
+    matmul_size: int = field(default=4096, metadata={"help": "Side of the matrices whose product is the peak."})
     num_layers: int = field(default=28, metadata={"help": "Blocks of every transformer."})
     compile: bool = field(default=False, metadata={"help": "`enable_fast_sampling` for `sit_xl_*`, also the 2-D one."})
     freeze_weights: bool = field(default=False, metadata={"help": "The same with `freeze_weights`, for CPUs."})
@@ -144,6 +150,8 @@ class GenerationBenchmarkArguments:
             raise ValueError(f"`--num_mar_steps` is {self.num_mar_steps}, allowed: integers from 1 on.")
         if self.mar and (self.resolution != 256 or 64 not in self.tokens):
             raise ValueError("`--mar` is true, allowed: with `--resolution` 256 and 64 in `--tokens`.")
+        if self.matmul_size < 1:
+            raise ValueError(f"`--matmul_size` is {self.matmul_size}, allowed: integers from 1 on.")
         if self.guidance_scale <= 1:
             raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers above 1.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -509,6 +517,16 @@ def num_samples(system: System, num_inference_steps: int) -> int:
     return system.copies * sum(2 if low <= time <= high else 1 for time in times)
 
 
+def flops_of_sample(system: System) -> int:
+    """Floating-point operations of a SiT transformer for one sample whose modulation is there."""
+    transformer = system.pipeline.transformer
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        latents, label = torch.empty(1, *system.pipeline.latent_shape), torch.zeros(1, dtype=torch.long)
+        modulation = torch.empty(1, 6 * transformer.config.num_layers + 2, transformer.inner_dim)
+        type(transformer).from_config(transformer.config)(latents, 0.0, label, modulation=modulation)
+    return counter.get_total_flops()
+
+
 def batch_sizes(args: GenerationBenchmarkArguments, system: System) -> list[int]:
     """Those at which a system is timed."""
     largest = math.inf if args.max_batch_tokens is None else args.max_batch_tokens // system.num_tokens
@@ -548,17 +566,8 @@ def compare(args: GenerationBenchmarkArguments, systems: dict[str, System], whol
         name = f"sit_xl_{tokens}"
         others = [f"{other}_{tokens}" for other in ("per_sample", "official", "eager")]
         for other in (*others, "sit_xl_2d", "eager_2d", "dit_xl_diffusers"):
-            if other not in systems:
-                continue
-            for part in ("", ".latents"):
-                own, baseline = best_batch(f"{name}{part}", whole), best_batch(f"{other}{part}", whole)
-                ratios[f"{name}.vs_{other}{part}"] = whole.ratio(own, baseline)
-            for batch_size in batch_sizes(args, systems[name]):
-                if batch_size not in batch_sizes(args, systems[other]):
-                    continue
-                ratios[f"{name}.vs_{other}.latents.batch_{batch_size}"] = whole.ratio(
-                    f"{name}.latents@{batch_size}", f"{other}.latents@{batch_size}"
-                )
+            if other in systems:
+                ratios |= ratios_by_batch(args, systems, whole, name, other)
         for other in (f"official_{tokens}", "eager_2d"):
             if {f"eager_{tokens}", other} <= set(systems):
                 own, baseline = best_batch(f"eager_{tokens}", whole), best_batch(other, whole)
@@ -566,9 +575,39 @@ def compare(args: GenerationBenchmarkArguments, systems: dict[str, System], whol
     if args.mar:
         for other in ("official_mar_b_64", "sit_b_64", "sit_xl_64"):
             if {"mar_b_64", other} <= set(systems):
-                own, baseline = best_batch("mar_b_64", whole), best_batch(other, whole)
-                ratios[f"mar_b_64.vs_{other}"] = whole.ratio(own, baseline)
+                ratios |= ratios_by_batch(args, systems, whole, "mar_b_64", other)
     return ratios
+
+
+def ratios_by_batch(
+    args: GenerationBenchmarkArguments, systems: dict[str, System], whole: Timings, name: str, other: str
+) -> dict[str, Spread]:
+    """Of a system and another one: at their best batches, and at each batch size of both."""
+    ratios = {}
+    for part in ("", ".latents"):
+        own, baseline = best_batch(f"{name}{part}", whole), best_batch(f"{other}{part}", whole)
+        ratios[f"{name}.vs_{other}{part}"] = whole.ratio(own, baseline)
+        for batch_size in batch_sizes(args, systems[name]):
+            if batch_size in batch_sizes(args, systems[other]):
+                own, baseline = f"{name}{part}@{batch_size}", f"{other}{part}@{batch_size}"
+                ratios[f"{name}.vs_{other}{part}.batch_{batch_size}"] = whole.ratio(own, baseline)
+    return ratios
+
+
+def peak_shares(
+    args: GenerationBenchmarkArguments, systems: dict[str, System], whole: Timings, timings: Timings
+) -> dict[str, Spread]:
+    """`.peak_share` of every `sit_*`, at the batch at which it makes most latents per second."""
+    shares = {}
+    for name, system in systems.items():
+        if name.startswith("sit_"):
+            best = best_batch(f"{name}.latents", whole)
+            flops = whole.items[best] * num_samples(system, args.num_inference_steps) * flops_of_sample(system)
+            seconds = {name: whole.seconds[best], "matmul": timings.seconds["matmul"]}
+            shares[f"{name}.peak_share"] = Timings({name: flops, "matmul": timings.items["matmul"]}, seconds).ratio(
+                name, "matmul"
+            )
+    return shares
 
 
 def best_batch(name: str, whole: Timings) -> str:
@@ -590,7 +629,7 @@ def main(args: GenerationBenchmarkArguments) -> None:
         for batch_size in batch_sizes(args, system):
             sample = partial(
                 system.sample,
-                labels=[(37 * i) % 1000 for i in range(batch_size)],
+                labels=[i % 1000 for i in range(batch_size)],
                 num_inference_steps=args.measured_steps,
                 generator=torch.Generator(device).manual_seed(0),
             )
@@ -598,21 +637,32 @@ def main(args: GenerationBenchmarkArguments) -> None:
             if decoders[name] == name:
                 decode = partial(system.decode, batch_size)
                 contestants[f"{name}.decode@{batch_size}"] = Contestant(decode, batch_size)
+    contestants["matmul"] = square_product(args.matmul_size, device, getattr(torch, args.dtype))
     timings = time_in_turn(contestants, args.rounds, device)
     whole = scale_to_protocol(args, systems, timings)
-    ratios = compare(args, systems, whole)
+    ratios = compare(args, systems, whole) | peak_shares(args, systems, whole, timings)
 
-    rows, measurements = [], {"differences": differences, "seconds": timings.seconds}
+    def memory_bytes(name: str, batch_size: str) -> int:
+        pipeline = systems[name].pipeline
+        calls = [contestants[f"{key}@{batch_size}"].call for key in (f"{name}.sample", f"{decoders[name]}.decode")]
+        working = max(working_memory(call, device) for call in calls)
+        return working + weights_bytes(pipeline.transformer, pipeline.vae)
+
+    measurements = {"differences": differences, "seconds": timings.seconds}
+    measurements["matmul_flops_per_second"] = asdict(timings.rate("matmul"))
+    rows = []
     for name, system in systems.items():
         best = best_batch(name, whole)
         batch_size = best.partition("@")[2]
-        calls = [contestants[f"{key}@{batch_size}"].call for key in (f"{name}.sample", f"{decoders[name]}.decode")]
-        memory = max(working_memory(call, device) for call in calls)
+        memory = memory_bytes(name, batch_size)
+        official = name.replace("sit_xl", "official")
+        if name != official in systems:
+            ratios[f"{name}.vs_{official}.memory"] = Spread.of([memory_bytes(official, batch_size) / memory])
         models = system.pipeline.transformer, system.pipeline.vae
         measurements[name] = {
             "images_per_second": {key: asdict(whole.rate(key)) for key in whole.seconds if key.startswith(name)},
             "best_batch_size": int(batch_size),
-            "working_memory_bytes": memory,
+            "memory_bytes": memory,
             "weights_bytes": weights_bytes(*models),
             "num_parameters": [model.num_parameters() for model in models],
             "samples_through_transformer": num_samples(system, args.num_inference_steps),
@@ -624,12 +674,21 @@ def main(args: GenerationBenchmarkArguments) -> None:
                 num_samples(system, args.num_inference_steps),
                 batch_size,
                 whole.rate(best),
-                f"{(memory + weights_bytes(*models)) / 2**30:.2f}",
+                f"{memory / 2**30:.2f}",
+                ratios.get(f"{name}.peak_share", ""),
             ]
         )
-    header = ["system", "M parameters", "samples through the transformer", "best batch", "images/s", "memory, GiB"]
+    header = [
+        "system",
+        "M parameters",
+        "samples through the transformer",
+        "best batch",
+        "images/s",
+        "memory, GiB",
+        "peak share",
+    ]
     table = markdown_table(header, rows) + "\n"
-    table += markdown_table(["times as many images per second", "median (smallest to largest)"], list(ratios.items()))
+    table += markdown_table(["ratio", "median (smallest to largest)"], list(ratios.items()))
     write_report(args.output_dir, "generation", table, ratios, asdict(args), measurements)
 
 

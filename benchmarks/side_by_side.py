@@ -158,6 +158,17 @@ def time_in_turn(
     return timings
 
 
+def square_product(size: int, device: torch.device, dtype: torch.dtype) -> Contestant:
+    """Ten products of square matrices; its items are their operations."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def multiply() -> None:
+        for _ in range(10):
+            torch.mm(left, right)
+
+    return Contestant(multiply, 10 * 2 * size**3)
+
+
 def working_memory(call: Callable[[], object], device: torch.device) -> int:
     """
     The most bytes that a call holds beyond what was held before it: what `device` has allocated, or, on the CPU, the

@@ -40,6 +40,7 @@ from side_by_side import (
     default_device,
     default_dtype,
     markdown_table,
+    square_product,
     time_in_turn,
     working_memory,
     write_report,
@@ -265,17 +266,6 @@ def sit_updates(recipe: SiTTrainingArguments, accelerator: Accelerator) -> dict[
     if not abs(losses["compile"] - losses["eager"]) <= tolerance * losses["eager"]:
         raise ValueError(f"The losses are {losses}, allowed: a difference of {tolerance:g} of each other.")
     return {name: partial(update, model) for name, model in models.items()}
-
-
-def square_product(size: int, device: torch.device, dtype: torch.dtype) -> Contestant:
-    """Ten products of square matrices; its items are their operations."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-
-    def multiply() -> None:
-        for _ in range(10):
-            torch.mm(left, right)
-
-    return Contestant(multiply, 10 * 2 * size**3)
 
 
 def count_flops(name: str, update: Update) -> int:

@@ -219,9 +219,39 @@ def test_batches_of_too_many_tokens_are_left_out(generation, tiny_pipeline, argu
     assert generation.batch_sizes(arguments, system) == [1, 25]  # of 10 tokens each
 
 
+def test_all_systems_have_their_real_shapes(generation, tmp_path):
+    """On the meta device, where nothing is computed."""
+    arguments = generation.GenerationBenchmarkArguments(
+        output_dir=str(tmp_path), mar=True, device="meta", dtype="bfloat16"
+    )
+    systems = generation.build_systems(arguments)
+    tokens = {name: system.num_tokens for name, system in systems.items()}
+    of_tokens = {"sit_xl": 0, "per_sample": 0, "official": 0, "mar_b": 64, "official_mar_b": 64, "sit_b": 64}
+    expected = {f"{name}_{n}": n for name, only in of_tokens.items() for n in (32, 64) if only in (0, n)}
+    assert tokens == expected | {"sit_xl_2d": 256, "dit_xl_diffusers": 256}
+    assert generation.flops_of_sample(systems["sit_xl_64"]) / 2e9 == pytest.approx(29.03 - 0.223 - 0.0016, abs=0.003)
+    assert systems["mar_b_64"].pipeline.transformer.num_parameters() == 207_543_872
+
+
+def test_a_whole_run(generation, systems, arguments, monkeypatch):
+    """`main` on tiny models: every ratio, the share of the peak, memory, and the report."""
+    monkeypatch.setattr(generation, "build_systems", lambda _: systems | {"sit_xl_2d": systems["sit_xl_64"]})
+    generation.main(replace(arguments, measured_steps=2, rounds=2, matmul_size=64))
+    report = json.loads((Path(arguments.output_dir) / "generation.json").read_text())
+    others = ("per_sample_64", "official_64", "sit_xl_2d")
+    batches = [f"{part}{batch}" for part in ("", ".latents") for batch in ("", ".batch_1", ".batch_2")]
+    expected = {f"sit_xl_64.vs_{other}{batch}" for other in others for batch in batches}
+    expected |= {"sit_xl_64.peak_share", "sit_xl_2d.peak_share", "sit_xl_64.vs_official_64.memory"}
+    assert report["ratios"].keys() == expected
+    assert all(ratio["min"] > 0 for ratio in report["ratios"].values())
+    assert report["measurements"]["sit_xl_64"]["samples_through_transformer"] == 85
+    assert "| sit_xl_2d |" in (Path(arguments.output_dir) / "generation.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"matmul_size": 0}, "`--matmul_size` is 0, allowed: integers from 1 on"),
         ({"tokens": [32], "resolution": 512}, r"`--tokens` is \[32\], allowed at `--resolution` 512: \[64\]"),
         ({"measured_steps": 51}, "`--measured_steps` is 51, allowed: 1 to `--num_inference_steps`, 50"),
         ({"guidance_scale": 1.0}, "`--guidance_scale` is 1.0, allowed"),
