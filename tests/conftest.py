@@ -112,3 +112,36 @@ def tiny_pipeline():
         return pipeline
 
     return build
+
+
+@pytest.fixture
+def tiny_mar_pipeline(tiny_pipeline):
+    """Builds a real `MARPipeline` with the tokenizer and the classes of `tiny_pipeline`."""
+    from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
+    from softvq_hf.pipelines.pipeline_mar import MARPipeline
+    from softvq_hf.training.generator import build_token_scheduler
+
+    def build():
+        other = tiny_pipeline()
+        torch.manual_seed(0)
+        transformer = MARTransformer1DModel(
+            num_tokens=10,
+            in_channels=6,
+            buffer_size=2,
+            encoder_hidden_size=16,
+            encoder_num_layers=1,
+            encoder_num_attention_heads=2,
+            decoder_hidden_size=16,
+            decoder_num_layers=2,
+            decoder_num_attention_heads=2,
+            denoiser_hidden_size=16,
+            denoiser_num_layers=1,
+            num_classes=4,
+        )
+        # an untrained network leaves the range of the data at the first steps
+        scheduler = build_token_scheduler(clip_sample_range=3.0)
+        pipeline = MARPipeline(other.vae, transformer.eval(), scheduler, id2label=other.config.id2label)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return build

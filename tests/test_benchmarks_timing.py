@@ -14,10 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
-from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
-from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
-from softvq_hf.training.generator import build_token_scheduler
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -122,25 +119,8 @@ def test_thrift_changes_no_latents(generation, systems, arguments):
     assert max(differences.values()) < 1e-5
 
 
-def test_thrift_of_mar_changes_no_latents(generation, arguments, tiny_pipeline):
-    vae = tiny_pipeline().vae
-    torch.manual_seed(0)
-    sizes = {
-        f"{part}_{name}": value
-        for part in ("encoder", "decoder")
-        for name, value in {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}.items()
-    }
-    transformer = MARTransformer1DModel(
-        num_tokens=10,
-        in_channels=6,
-        buffer_size=2,
-        denoiser_hidden_size=16,
-        denoiser_num_layers=1,
-        num_classes=4,
-        **sizes,
-    )
-    pipeline = MARPipeline(vae, transformer.eval(), build_token_scheduler(6.0))
-    pipeline.set_progress_bar_config(disable=True)
+def test_thrift_of_mar_changes_no_latents(generation, arguments, tiny_mar_pipeline):
+    pipeline = tiny_mar_pipeline()
     systems = {
         "mar_b_64": generation.System(pipeline, partial(generation.in_mar_pipeline, pipeline, 2.0, 3), 1, 3),
         "official_mar_b_64": generation.System(

@@ -13,7 +13,9 @@ from softvq_hf.data import load_image_dataset
 from softvq_hf.evaluation.generation import GenerationArguments, evaluate_generation
 from softvq_hf.evaluation.samples import draw_labels
 from softvq_hf.metrics.features import load_feature_extractor
+from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.training.arguments import parse_args
+from softvq_hf.training.hub import export_pipeline
 
 
 FLAGS = {
@@ -297,12 +299,30 @@ def test_wrong_arguments_that_the_pipeline_knows(evaluate, tmp_path):
     assert not (tmp_path / "samples/images").exists()
 
 
-def test_pipelines_of_mar_are_refused(evaluate, tmp_path):
-    (tmp_path / "mar").mkdir()
-    for class_name in ("MARPipeline", ["pipeline_mar", "MARPipeline"]):  # saved, and exported with its source
-        (tmp_path / "mar/model_index.json").write_text(json.dumps({"_class_name": class_name}))
-        with pytest.raises(ValueError, match="`--pipeline` is '.*mar', a MARPipeline, allowed: a SoftVQPipeline"):
-            evaluate("samples", pipeline=tmp_path / "mar")
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_pipelines_of_mar(evaluate, fresh_accelerate, tiny_mar_pipeline, tiny_classifier_dir, tmp_path, is_exported):
+    pipeline = tiny_mar_pipeline()
+    (export_pipeline if is_exported else MARPipeline.save_pretrained)(pipeline, tmp_path / "mar")
+    changes = {"pipeline": tmp_path / "mar", "num_diffusion_steps": 3, "num_inference_steps": 20}
+    result = evaluate("samples", **changes, update_model_card=is_exported)
+    protocol = result["protocol"]
+    assert "linear guidance 2, 10 autoregressive steps of 3 at temperature 1" in protocol["name"]
+    assert protocol["guidance_schedule"] == "linear" and protocol["num_inference_steps"] == 20
+    assert result["metrics"]["fd (tiny_classifier)"] > 0
+    if is_exported:
+        assert ModelCard.load(tmp_path / "mar/README.md").data.eval_results
+    arguments = {"pipeline": str(tmp_path / "mar"), "output_dir": str(tmp_path / "others"), "reference": "photographs"}
+    arguments["feature_extractor"] = [str(tiny_classifier_dir)]
+    fresh_accelerate()
+    with pytest.raises(
+        ValueError, match="`--guidance_interval` is .*, allowed with a SoftVQPipeline; .* a MARPipeline"
+    ):
+        evaluate_generation(GenerationArguments(**arguments, guidance_interval=[0.0, 0.7]))
+
+
+def test_arguments_of_mar_for_another_pipeline(evaluate, tmp_path):
+    with pytest.raises(ValueError, match="`--temperature` is 0.9, allowed with a MARPipeline; .* is a SoftVQPipeline"):
+        evaluate("samples", temperature=0.9)
     assert not (tmp_path / "samples/images").exists()
 
 

@@ -107,6 +107,30 @@ def test_images_are_those_of_the_pipeline(random_pipeline, generate):
     assert (images != unguided).mean() > 0.3
 
 
+def test_images_of_mar(tiny_mar_pipeline, generate):
+    pipeline = tiny_mar_pipeline()
+    settings = {"guidance_schedule": "constant", "num_diffusion_steps": 3, "temperature": 0.9}
+    samples = generate(pipeline, "samples", **settings)
+    for index in (0, 7, 20):
+        alone = pipeline(
+            int(samples.class_labels[index]),
+            guidance_scale=2.0,
+            num_inference_steps=2,
+            generator=image_generator(3, index),
+            output_type="np",
+            **settings,
+        ).images[0]
+        assert np.abs(read_images(samples)[index] - alone * 255).max() <= 0.501
+    with pytest.raises(ValueError, match="temperature.*0.9.*1.0"):
+        generate(pipeline, "samples", **settings | {"temperature": 1.0})
+    with pytest.raises(ValueError, match="`num_diffusion_steps` is 2000, allowed: up to"):
+        generate(pipeline, "others", num_diffusion_steps=2000)
+    with pytest.raises(
+        TypeError, match="`guidance_interval` is no argument of a MARPipeline, allowed: guidance_scale"
+    ):
+        generate(pipeline, "others", guidance_interval=(0.0, 0.5))
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

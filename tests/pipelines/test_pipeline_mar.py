@@ -10,51 +10,17 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 
 from softvq_hf.conversion import convert_checkpoint
-from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
-from softvq_hf.schedulers.scheduling_ddpm_temperature import TemperatureDDPMScheduler
+from softvq_hf.training.generator import build_token_scheduler
 
 
 OWN_METHODS = ("__init__", "__call__", "check_inputs", "enable_fast_sampling", "num_timesteps")
-NAMES = {0: "tench, Tinca tinca", 1: "crane", 2: "crane, heron", 3: "goldfish"}
-
-
-def build_scheduler(**changes):
-    return TemperatureDDPMScheduler(
-        **{
-            "beta_schedule": "squaredcos_cap_v2",
-            "variance_type": "learned_range",
-            # An untrained network leaves the range of the data at the first steps.
-            "clip_sample": True,
-            "clip_sample_range": 3.0,
-            "timestep_spacing": "linspace",
-        }
-        | changes
-    )
 
 
 @pytest.fixture
-def pipeline(tiny_pipeline):
-    vae = tiny_pipeline().vae
-    torch.manual_seed(0)
-    transformer = MARTransformer1DModel(
-        num_tokens=10,
-        in_channels=6,
-        buffer_size=2,
-        encoder_hidden_size=16,
-        encoder_num_layers=1,
-        encoder_num_attention_heads=2,
-        decoder_hidden_size=16,
-        decoder_num_layers=2,
-        decoder_num_attention_heads=2,
-        denoiser_hidden_size=16,
-        denoiser_num_layers=1,
-        num_classes=4,
-    )
-    pipeline = MARPipeline(vae, transformer.eval(), build_scheduler(), id2label=NAMES)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def pipeline(tiny_mar_pipeline):
+    return tiny_mar_pipeline()
 
 
 def sample(pipeline, class_labels=(0, 1, 3), seed=0, **options):
@@ -71,7 +37,7 @@ def official_pipeline(golden, pipeline):
     description, tensors = golden("mar")
     weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
     transformer = convert_checkpoint("mar", weights, description["config"])
-    pipeline.register_modules(transformer=transformer, scheduler=build_scheduler(clip_sample=False))
+    pipeline.register_modules(transformer=transformer, scheduler=build_token_scheduler())
     return pipeline, tensors, description["sample_runs"]
 
 
@@ -122,7 +88,7 @@ def test_fast_sampling_keeps_the_official_trajectory(golden, pipeline, freeze_we
 def test_official_chains_of_single_tokens(official_denoiser, pipeline, run):
     transformer, tensors, description = official_denoiser
     settings = description["sample_runs"][run]
-    pipeline.register_modules(transformer=transformer, scheduler=build_scheduler(clip_sample=False))
+    pipeline.register_modules(transformer=transformer, scheduler=build_token_scheduler())
     pipeline.scheduler.set_timesteps(100)
     trajectory = []
     step = pipeline.scheduler.step
@@ -208,7 +174,7 @@ def test_guidance_extrapolates_from_null_to_conditional(pipeline):
     noise = torch.randn(4, 3, 10, 6)
     orders = torch.stack([torch.randperm(10) for _ in range(3)])
     options = {"num_inference_steps": 1, "orders": orders, "token_noise": noise, "guidance_schedule": "constant"}
-    pipeline.scheduler = build_scheduler(clip_sample=False)
+    pipeline.scheduler = build_token_scheduler()
     plain = sample(pipeline, **options)
     assert torch.equal(sample(pipeline, guidance_scale=0.5, **options), plain)
     guided = {scale: sample(pipeline, guidance_scale=scale, **options) for scale in (1 + 1e-6, 2.0)}

@@ -19,9 +19,17 @@ from softvq_hf.evaluation.arguments import EvaluationArguments, EvaluationDataAr
 from softvq_hf.evaluation.distribution import DistributionMetrics, name_figures
 from softvq_hf.evaluation.reference import Reference, build_dataset_reference, load_reference
 from softvq_hf.evaluation.result import build_result, check_output_file, update_model_card, write_result
-from softvq_hf.evaluation.samples import LABELS, NPZ_FILE, generate_samples, plan_samples
+from softvq_hf.evaluation.samples import (
+    LABELS,
+    NPZ_FILE,
+    SAMPLING_ARGUMENTS,
+    generate_samples,
+    plan_samples,
+    sampling_arguments,
+)
 from softvq_hf.metrics.features import FeatureExtractor
 from softvq_hf.metrics.images import ROUNDINGS
+from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.training.arguments import check_output_dir
 from softvq_hf.training.generator import get_image_size
@@ -53,11 +61,28 @@ class GenerationArguments(EvaluationArguments):
     )
     seed: int = field(default=0, metadata={"help": "Image i depends on the seed and i alone."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; up to 1 there is none."})
-    guidance_interval: list[float] = field(
-        default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Two times between which steps are guided; 1 is noise, 0 is data."},
+    guidance_interval: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "SiT and DiT: two times between which steps are guided, by default 0 and 1; 1 is noise, 0 is data."
+        },
     )
-    num_inference_steps: int = field(default=250, metadata={"help": "Steps of the sampler."})
+    num_inference_steps: int = field(
+        default=250, metadata={"help": "Steps of the sampler; MAR makes at least one token in each."}
+    )
+    guidance_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "MAR: linear, from 1 to --guidance_scale as tokens become known (the default), or constant.",
+            "choices": ["linear", "constant"],
+        },
+    )
+    num_diffusion_steps: int | None = field(
+        default=None, metadata={"help": "MAR: steps of the chain of every token, by default 100."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "MAR: factor of the noise that the chain's steps add, by default 1."}
+    )
     rounding: str = field(
         default="truncate",
         metadata={
@@ -103,7 +128,7 @@ class GenerationArguments(EvaluationArguments):
         if self.labels not in LABELS:
             raise ValueError(f"`--labels` is {self.labels!r}, allowed: {', '.join(LABELS)}.")
         interval = self.guidance_interval
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
             raise ValueError(
                 f"`--guidance_interval` is {' '.join(map(str, interval))}, allowed: two numbers, low and high, with"
                 " 0 <= low <= high <= 1."
@@ -182,10 +207,9 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
     # 1. The pipeline, the feature networks, and the plan of the images
     with accelerator.main_process_first():  # which downloads
         try:
-            class_name = DiffusionPipeline.load_config(args.pipeline)["_class_name"]
-            if "MARPipeline" in class_name:
-                raise ValueError(f"`--pipeline` is {args.pipeline!r}, a MARPipeline, allowed: a SoftVQPipeline.")
-            pipeline = SoftVQPipeline.from_pretrained(args.pipeline, use_safetensors=True)
+            class_name = DiffusionPipeline.load_config(args.pipeline)["_class_name"]  # of an export also its file
+            pipeline_class = MARPipeline if "MARPipeline" in class_name else SoftVQPipeline
+            pipeline = pipeline_class.from_pretrained(args.pipeline, use_safetensors=True)
         except OSError as error:
             raise OSError(f"`--pipeline` is {args.pipeline!r}, which cannot be loaded: {error}") from error
         extractors = args.load_feature_extractors(accelerator.device)
@@ -207,11 +231,9 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
         num_images=args.num_images,
         labels=args.labels,
         seed=args.seed,
-        guidance_scale=args.guidance_scale,
-        guidance_interval=tuple(args.guidance_interval),
-        num_inference_steps=args.num_inference_steps,
         rounding=args.rounding,
         shard_size=args.shard_size,
+        **sampling_settings(args, pipeline),
     )
 
     # 2. What the networks see in real images, and the images
@@ -250,7 +272,7 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
         dataset=describe_real_images(args, references),
         metrics=name_figures(results, prefix="g"),
         protocol={
-            "name": protocol_in_words(args, type(pipeline.scheduler).__name__, references),
+            "name": protocol_in_words(args, pipeline, samples.plan, references),
             **samples.plan,
             "batch_size": args.batch_size,
             "feature_extractors": {extractor.label: extractor.description() for extractor in extractors},
@@ -267,6 +289,24 @@ def evaluate_generation(args: GenerationArguments) -> dict[str, Any]:
             update_model_card(args.pipeline, result, pipeline)
     accelerator.wait_for_everyone()
     return result
+
+
+def sampling_settings(args: GenerationArguments, pipeline: SoftVQPipeline | MARPipeline) -> dict[str, Any]:
+    """
+    The arguments of the pipeline's call that were given.
+
+    Raises:
+        ValueError: If one was given that this pipeline does not have.
+    """
+    names = {name for kind in SAMPLING_ARGUMENTS.values() for name in kind}
+    settings = {name: getattr(args, name) for name in sorted(names) if getattr(args, name) is not None}
+    for name, value in settings.items():
+        if name not in sampling_arguments(pipeline):
+            owner = next(kind.__name__ for kind, names in SAMPLING_ARGUMENTS.items() if name in names)
+            raise ValueError(
+                f"`--{name}` is {value}, allowed with a {owner}; `--pipeline` is a {type(pipeline).__name__}."
+            )
+    return settings
 
 
 def read_reference(
@@ -296,19 +336,28 @@ def describe_real_images(args: GenerationArguments, references: Sequence[Referen
     return {**unknown, "name": Path(args.reference).name, **(protocol.get("dataset") or {})}
 
 
-def protocol_in_words(args: GenerationArguments, scheduler: str, references: Sequence[Reference]) -> str:
+def protocol_in_words(
+    args: GenerationArguments,
+    pipeline: SoftVQPipeline | MARPipeline,
+    plan: dict[str, Any],
+    references: Sequence[Reference],
+) -> str:
     """One line that tells this protocol from others: figures by other real images do not replace each other."""
+    steps = f"{plan['num_inference_steps']} steps of {type(pipeline.scheduler).__name__}"
     guidance = "no guidance"
-    if args.guidance_scale > 1:
-        low, high = args.guidance_interval
-        guidance = f"guidance {args.guidance_scale:g}" + (
-            "" if (low, high) == (0, 1) else f" from {low:g} to {high:g}"
-        )
+    if plan["guidance_scale"] > 1:
+        guidance = f"guidance {plan['guidance_scale']:g}"
+    if isinstance(pipeline, MARPipeline):
+        if plan["guidance_scale"] > 1:
+            guidance = f"{plan['guidance_schedule']} {guidance}"
+        steps = f"{min(plan['num_inference_steps'], pipeline.transformer.num_tokens)} autoregressive steps"
+        steps += f" of {plan['num_diffusion_steps']} at temperature {plan['temperature']:g}"
+    elif plan["guidance_scale"] > 1 and plan["guidance_interval"] != [0, 1]:
+        low, high = plan["guidance_interval"]
+        guidance += f" from {low:g} to {high:g}"
     real_images = ""
     if references:
         named = Path(args.reference).name if args.reference_is_file else f"{references[0].num_images} real images"
         real_images = f", against {named}"
-    return (
-        f"{args.num_images} images, {args.labels} labels, {guidance}, {args.num_inference_steps} steps of {scheduler},"
-        f" {args.precision_in_words()}{real_images}"
-    )
+    precision = args.precision_in_words()
+    return f"{args.num_images} images, {args.labels} labels, {guidance}, {steps}, {precision}{real_images}"

@@ -9,6 +9,7 @@ adds to.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import zipfile
@@ -28,6 +29,7 @@ from softvq_hf.evaluation.data import to_8_bit
 from softvq_hf.evaluation.result import differences
 from softvq_hf.metrics.batches import not_finite
 from softvq_hf.metrics.images import check_rounding
+from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.training.arguments import check_output_dir
 from softvq_hf.training.generator import get_image_size
@@ -37,23 +39,31 @@ from softvq_hf.training.logging import write_atomically
 logger = get_logger(__name__)
 
 LABELS = ("iid", "balanced")
+# Arguments of a pipeline's call that images depend on.
+SAMPLING_ARGUMENTS = {
+    SoftVQPipeline: ("guidance_scale", "guidance_interval", "num_inference_steps"),
+    MARPipeline: ("guidance_scale", "guidance_schedule", "num_inference_steps", "num_diffusion_steps", "temperature"),
+}
 PLAN_FILE = "plan.json"
 NPZ_FILE = "samples.npz"
 
 
+def sampling_arguments(pipeline: SoftVQPipeline | MARPipeline) -> tuple[str, ...]:
+    """The names of the arguments of a pipeline's call that images depend on, beside labels and noise."""
+    return next(names for kind, names in SAMPLING_ARGUMENTS.items() if isinstance(pipeline, kind))
+
+
 def plan_samples(
-    pipeline: SoftVQPipeline,
+    pipeline: SoftVQPipeline | MARPipeline,
     output_dir: str | Path,
     accelerator: Accelerator,
     *,
     num_images: int,
     labels: str = "iid",
     seed: int = 0,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    num_inference_steps: int = 50,
     rounding: str = "round",
     shard_size: int = 256,
+    **sampling: Any,
 ) -> "SampleFolder":
     """
     Say which images a folder is to have, and find what is wrong with that before any work is done.
@@ -62,17 +72,19 @@ def plan_samples(
     decoder runs in the dtype of its weights.
 
     Args:
-        pipeline ([`SoftVQPipeline`]): The pipeline.
+        pipeline ([`SoftVQPipeline`] or [`MARPipeline`]): The pipeline.
         output_dir (`str` or `Path`): The folder; it is made if needed.
         accelerator (`Accelerator`): Mixed precision.
         num_images (`int`): How many images, from 1 on.
         labels (`str`, *optional*, defaults to `"iid"`): "iid" or "balanced", see [`draw_labels`].
         seed (`int`, *optional*, defaults to 0): From 0 on.
-        guidance_scale (`float`), guidance_interval (`tuple` of two `float`), num_inference_steps (`int`):
-            As in [`SoftVQPipeline.__call__`].
         rounding (`str`, *optional*, defaults to `"round"`): To 8 bits, see [`~softvq_hf.metrics.images.to_uint8`].
         shard_size (`int`, *optional*, defaults to 256):
             Images in a file, all of which are held in memory while it is made: 50 MB at 256 pixels.
+        sampling:
+            As in the call of the pipeline, with the same defaults: `guidance_scale`, `num_inference_steps` and
+            `guidance_interval`; of a [`MARPipeline`] instead of the last `guidance_schedule`, `num_diffusion_steps`
+            and `temperature`.
 
     Returns:
         [`SampleFolder`]: with all, some or none of its images, for [`generate_samples`].
@@ -80,21 +92,36 @@ def plan_samples(
     Raises:
         ValueError: If an argument is not allowed, or the folder holds images that were made in another way (every
             difference is named) or cannot be written.
+        TypeError: If an argument is one that the pipeline does not have.
     """
+    names = sampling_arguments(pipeline)
+    if not sampling.keys() <= set(names):
+        raise TypeError(
+            f"`{min(sampling.keys() - set(names))}` is no argument of a {type(pipeline).__name__}, allowed:"
+            f" {', '.join(names)}."
+        )
     for name, value, lowest in (("num_images", num_images, 1), ("seed", seed, 0), ("shard_size", shard_size, 1)):
         if value < lowest:
             raise ValueError(f"`{name}` is {value}, allowed: integers from {lowest} on.")
     check_rounding(rounding)
-    pipeline.check_inputs(1, guidance_scale, guidance_interval, num_inference_steps, None, None, "pt", [])
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    sampling = {name: sampling.get(name, parameters[name].default) for name in names}
+    drawn = ("orders", "token_noise") if isinstance(pipeline, MARPipeline) else ("latents",)
+    pipeline.check_inputs(
+        batch_size=1,
+        generator=None,
+        output_type="pt",
+        callback_on_step_end_tensor_inputs=[],
+        **sampling,
+        **dict.fromkeys(drawn),
+    )
     height, width = get_image_size(pipeline.vae, pipeline.transformer)
     plan = {
         "num_images": num_images,
         "num_classes": pipeline.transformer.config.num_classes,
         "labels": labels,
         "seed": seed,
-        "guidance_scale": guidance_scale,
-        "guidance_interval": list(guidance_interval),
-        "num_inference_steps": num_inference_steps,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()},  # as JSON
         "mixed_precision": accelerator.mixed_precision,
         "rounding": rounding,
         "height": height,
@@ -109,7 +136,7 @@ def plan_samples(
 
 
 def generate_samples(
-    pipeline: SoftVQPipeline, samples: "SampleFolder", accelerator: Accelerator, *, batch_size: int = 32
+    pipeline: SoftVQPipeline | MARPipeline, samples: "SampleFolder", accelerator: Accelerator, *, batch_size: int = 32
 ) -> None:
     """
     Fill a folder with the images of its plan. Collective: every process calls it.
@@ -124,7 +151,7 @@ def generate_samples(
     networks, and then a few pixel values by one grey level.
 
     Args:
-        pipeline ([`SoftVQPipeline`]): That of the plan; it is moved to the device of `accelerator`.
+        pipeline ([`SoftVQPipeline`] or [`MARPipeline`]): That of the plan; it is moved to the device of `accelerator`.
         samples ([`SampleFolder`]): From [`plan_samples`]; complete afterwards.
         accelerator (`Accelerator`): Device, processes and mixed precision.
         batch_size (`int`, *optional*, defaults to 32): Images at a time on each process.
@@ -164,9 +191,7 @@ def generate_samples(
                 with accelerator.autocast():
                     latents = pipeline(
                         samples.class_labels[batch],
-                        guidance_scale=plan["guidance_scale"],
-                        guidance_interval=tuple(plan["guidance_interval"]),
-                        num_inference_steps=plan["num_inference_steps"],
+                        **{name: plan[name] for name in sampling_arguments(pipeline)},
                         generator=[image_generator(plan["seed"], index) for index in batch],
                         output_type="latent",
                     ).images
@@ -242,7 +267,7 @@ def check_finite(values: torch.Tensor, indices: Sequence[int], samples: "SampleF
         )
 
 
-def pipeline_fingerprint(pipeline: SoftVQPipeline) -> dict[str, Any]:
+def pipeline_fingerprint(pipeline: SoftVQPipeline | MARPipeline) -> dict[str, Any]:
     """SHA-256 of the models with their configuration, and the configuration of the scheduler, as JSON has them."""
     scheduler = json.loads(pipeline.scheduler.to_json_string())
     return {
