@@ -161,6 +161,30 @@ def test_fast_sampling_decodes_the_same_images(tiny_pipeline, freeze_weights):
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze_weights", [False, True])
+def test_fast_sampling_in_bfloat16(tiny_pipeline, freeze_weights):
+    """Within the tolerance of `benchmarks/generation.py`, beside the pipeline that computes all of it in bfloat16."""
+
+    def build():
+        pipeline = tiny_pipeline()
+        for parameter in pipeline.transformer.parameters():  # a new one predicts zeros
+            torch.nn.init.normal_(parameter, std=0.1)
+        return pipeline.to(torch.bfloat16)
+
+    latents = torch.randn(3, 10, 6)
+    expected_pipeline = build()
+    compute_in_the_transformer(expected_pipeline)
+    pipeline = build()
+    pipeline.transformer.load_state_dict(expected_pipeline.transformer.state_dict())
+    expected = expected_pipeline([0, 1, 1], latents=latents, **ARGUMENTS).images
+    pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
+    result = pipeline([0, 1, 1], latents=latents, **ARGUMENTS).images
+    assert pipeline.transformer.dtype == torch.bfloat16
+    assert (expected - latents).abs().max() > 0.1  # the transformer has moved them
+    assert (result - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "fast"])
 def test_modes_with_cuda_graphs_are_refused(tiny_pipeline, mode):
     with pytest.raises(

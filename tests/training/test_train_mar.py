@@ -130,6 +130,19 @@ def test_fine_tuning_and_clipped_samples(run_main, mar_args, latents_dir, tmp_pa
         )
 
 
+@pytest.mark.slow
+def test_compiled_training_in_bfloat16(run_main, mar_args, latents_dir, tmp_path, read_metrics):
+    flags = [*mar_args, f"--latents_dir={latents_dir}", "--max_train_steps=2", "--validation_steps=0"]
+    run_main("train_mar", *flags, f"--output_dir={tmp_path / 'eager'}")
+    fast = ["--mixed_precision=bf16", "--compile=true", f"--output_dir={tmp_path / 'fast'}"]
+    run_main("train_mar", *flags, *fast)
+    for line, expected in zip(read_metrics(tmp_path / "fast"), read_metrics(tmp_path / "eager"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    weights = MARPipeline.from_pretrained(tmp_path / "fast").transformer.state_dict()
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert not any("_orig_mod" in name for name in weights)
+
+
 @pytest.fixture
 def tiny(mar_config, tmp_path):
     """Arguments, a model with its loss in eval mode, and a batch of 3 latents."""
