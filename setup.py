@@ -40,6 +40,7 @@ extras_require = {
         "pytest-xdist>=3.8",  # tests on several cores
         "ruff>=0.17.5",  # lint and format
         "import-linter>=2.16",  # who may import whom
+        "scipy>=1.17",  # fits of benchmarks/scaling.py, references of tests
     ],
     "deepspeed": [
         "deepspeed>=0.19.8",  # training/accelerate/deepspeed_zero2.yaml

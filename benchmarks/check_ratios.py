@@ -5,7 +5,8 @@
 
 Ratios are stored, not seconds, by kind of device and dtype, since machines differ less in them. The exit status is 1
 if one has fallen by more than `--tolerance`, so that even its largest value over the rounds is below the stored median
-times 1 - tolerance, or if there is nothing stored to compare with.
+times 1 - tolerance; if one that stood above 1 by 5 % or more does not reach 1 in any round, for then what was made
+fast is so no longer; or if there is nothing stored to compare with.
 """
 
 import json
@@ -53,13 +54,15 @@ def compare(
         tolerance (`float`): See the head of this file.
 
     Returns:
-        `tuple`: rows of a table, and what is wrong: ratios that have fallen, and stored ones that were not measured.
+        `tuple`: rows of a table, and what is wrong: ratios that have fallen, or that are missing on one side.
     """
     rows, faults = [], []
     for name, ratio in measured.items():
         before = stored.get(name)
-        rows.append([name, f"{ratio['median']:.3g}", "new" if before is None else f"{before:.3g}"])
-        if before is not None and ratio["max"] < before * (1 - tolerance):
+        rows.append([name, f"{ratio['median']:.3g}", "nothing" if before is None else f"{before:.3g}"])
+        if before is None:
+            faults.append(f"{name} is not stored. `--update` stores what is measured.")
+        elif ratio["max"] < max(before * (1 - tolerance), 1.0 if before >= 1.05 else 0.0):
             faults.append(f"{name} has fallen from {before:.3g} to {ratio['median']:.3g}, at most {ratio['max']:.3g}.")
     faults += [f"{name} was not measured." for name in stored if name not in measured]
     return rows, faults
@@ -82,8 +85,10 @@ def main(args: CheckRatiosArguments) -> int:
         before = stored.get(kind, {}).get(script)
         if before is None:
             all_faults.append(f"{script}: no ratios are stored for {kind!r}. `--update` stores those of now.")
-        rows, faults = compare(report["ratios"], before or {}, args.tolerance)
-        all_rows += [[script, *row] for row in rows]
+            faults = []
+        else:
+            rows, faults = compare(report["ratios"], before, args.tolerance)
+            all_rows += [[script, *row] for row in rows]
         all_faults += [f"{script}: {fault}" for fault in faults]
     print(markdown_table(["script", "ratio", "measured", f"stored for {kind}"], all_rows))
     if args.update:

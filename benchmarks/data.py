@@ -96,6 +96,8 @@ class DataBenchmarkArguments:
             raise ValueError(f"`--step_milliseconds` is {self.step_milliseconds}, allowed: numbers from 0 on.")
         if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
             raise ValueError(f"`--train_data_dir` is {self.train_data_dir!r}, allowed: a folder that exists.")
+        if not self.image_sizes:
+            raise ValueError("`--image_sizes` is empty, allowed: one or more of width x height, such as 500x375.")
         for size in self.image_sizes:
             if len(size.split("x")) != 2 or not all(side.isdecimal() and int(side) > 0 for side in size.split("x")):
                 raise ValueError(f"`--image_sizes` has {size!r}, allowed: width x height, such as 500x375.")

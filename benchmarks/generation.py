@@ -12,6 +12,7 @@
 | `dit_xl_diffusers` | diffusers' `DiTPipeline`, DiT-XL/2 on 2-D latents, which guides at every step |
 | `eager_32`, `eager_64`, `eager_2d` | with `--compile`: `sit_xl_*` as they are without `enable_fast_sampling` |
 | `mar_b_64` | with `--mar`: `MARPipeline`, MAR-B on 64 tokens, `--num_mar_steps` steps, each with a chain of 100 |
+| `eager_mar_b_64` | with `--mar` and `--compile`: `mar_b_64` as it is without `enable_fast_sampling` |
 | `official_mar_b_64` | with `--mar`: the model of `mar_b_64` in the official loop, see [`sample_mar_in_full`] |
 | `sit_b_64` | with `--mar`: `SoftVQPipeline`, SiT-B on 64 tokens |
 
@@ -24,8 +25,8 @@ by itself and added; systems with the same decoder share its time.
 `--output_dir` gets `generation.json` and `generation.md`. Ratios are images per second with decoding, or without it
 (`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`). `.peak_share` is
 what the transformer multiplies and adds per second of latents, the modulation left out, over those of a product of two
-square matrices; `.memory` is how many times as much memory another system needs for weights and a call, at the batch
-at which this one is best. Weights that a compiler keeps once more are in neither.
+square matrices. Memory is that of weights and a call; the table has that of the official loop at the same batch beside
+it. Weights that a compiler keeps once more are in neither.
 """
 
 import copy
@@ -77,7 +78,7 @@ from softvq_hf.training.tokenizer_arguments import SoftVQTrainingArguments
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 # Tokenizers by resolution and tokens: those with the smallest decoder of which generators were published.
-TOKENIZERS = {256: {32: "softvq_b_32", 64: "softvq_b_64"}, 512: {64: "softvq_bl_64_512"}}
+TOKENIZERS = {256: {32: "softvq_b_32", 64: "softvq_b_64"}, 512: {32: "softvq_l_32_512", 64: "softvq_bl_64_512"}}
 AUTOENCODER_KL = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -113,7 +114,10 @@ class GenerationBenchmarkArguments:
     rounds: int = field(default=3, metadata={"help": "Timed calls of each."})
     matmul_size: int = field(default=4096, metadata={"help": "Side of the matrices whose product is the peak."})
     num_layers: int = field(default=28, metadata={"help": "Blocks of every transformer."})
-    compile: bool = field(default=False, metadata={"help": "`enable_fast_sampling` for `sit_xl_*`, also the 2-D one."})
+    compile: bool = field(
+        default=False,
+        metadata={"help": "`enable_fast_sampling` for ours, but for `eager_*`."},
+    )
     freeze_weights: bool = field(default=False, metadata={"help": "The same with `freeze_weights`, for CPUs."})
     skip: list[str] = field(
         default_factory=list,
@@ -124,12 +128,13 @@ class GenerationBenchmarkArguments:
         default=None,
         metadata={"help": "By default bfloat16 where that is fast.", "choices": ["float32", "bfloat16"]},
     )
-    short: bool = field(default=False, metadata={"help": "Two blocks, ten steps, one batch size, two rounds."})
+    short: bool = field(default=False, metadata={"help": "Compiled, two blocks, ten steps, one batch, two rounds."})
 
     def __post_init__(self) -> None:
         if self.short:
             self.num_layers, self.measured_steps, self.batch_sizes, self.rounds = 2, 10, [4], 2
-            self.mar, self.num_mar_steps = self.resolution == 256, 4
+            self.compile, self.num_mar_steps = True, 4
+            self.mar |= self.resolution == 256 and (self.tokens is None or 64 in self.tokens)
         self.compile |= self.freeze_weights
         self.tokens = list(TOKENIZERS[self.resolution]) if self.tokens is None else self.tokens
         if not self.tokens or not set(self.tokens) <= set(TOKENIZERS[self.resolution]):
@@ -137,23 +142,26 @@ class GenerationBenchmarkArguments:
                 f"`--tokens` is {self.tokens}, allowed at `--resolution` {self.resolution}:"
                 f" {list(TOKENIZERS[self.resolution])}."
             )
+        for name in ("num_layers", "rounds", "matmul_size", "num_mar_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"`--num_inference_steps` is {self.num_inference_steps}, allowed: integers from 1 on.")
         if self.num_inference_steps is None:
             self.num_inference_steps = {"ode": 50, "sde": 250}[self.sampler]
         if self.measured_steps is None:
             self.measured_steps = self.num_inference_steps
+        elif self.short:
+            self.measured_steps = min(self.measured_steps, self.num_inference_steps)
         if not 1 <= self.measured_steps <= self.num_inference_steps:
             raise ValueError(
                 f"`--measured_steps` is {self.measured_steps}, allowed: 1 to `--num_inference_steps`,"
                 f" {self.num_inference_steps}."
             )
-        if self.num_mar_steps < 1:
-            raise ValueError(f"`--num_mar_steps` is {self.num_mar_steps}, allowed: integers from 1 on.")
         if self.mar and (self.resolution != 256 or 64 not in self.tokens):
             raise ValueError("`--mar` is true, allowed: with `--resolution` 256 and 64 in `--tokens`.")
-        if self.matmul_size < 1:
-            raise ValueError(f"`--matmul_size` is {self.matmul_size}, allowed: integers from 1 on.")
-        if self.guidance_scale <= 1:
-            raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers above 1.")
+        if not 1 < self.guidance_scale < math.inf:
+            raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: finite numbers above 1.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"`--batch_sizes` is {self.batch_sizes}, allowed: one or more integers from 1 on.")
         fewest = min(self.batch_sizes) * (self.resolution // 16) ** 2
@@ -162,8 +170,11 @@ class GenerationBenchmarkArguments:
                 f"`--max_batch_tokens` is {self.max_batch_tokens}, allowed: {fewest} or more, the tokens of"
                 f" {min(self.batch_sizes)} 2-D latents."
             )
-        allowed = {f"{name}_{tokens}" for name in ("per_sample", "official", "eager") for tokens in self.tokens}
-        allowed |= {"sit_xl_2d", "eager_2d", "dit_xl_diffusers", "mar_b_64", "official_mar_b_64", "sit_b_64"}
+        own = ("per_sample", "official", *(("eager",) if self.compile else ()))
+        allowed = {f"{name}_{tokens}" for name in own for tokens in self.tokens} | {"sit_xl_2d", "dit_xl_diffusers"}
+        allowed |= {"eager_2d"} if self.compile else set()
+        allowed |= {"mar_b_64", "official_mar_b_64", "sit_b_64"} if self.mar else set()
+        allowed |= {"eager_mar_b_64"} if self.mar and self.compile else set()
         if not set(self.skip) <= allowed:
             raise ValueError(f"`--skip` is {self.skip}, allowed: some of {sorted(allowed)}.")
         self.device = default_device() if self.device is None else self.device
@@ -379,7 +390,7 @@ def plain_copy(model: ModelMixin) -> ModelMixin:
 def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
     """All systems that are to be timed, by name."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    systems = {}
+    systems, scheduler = {}, build_scheduler(args.sampler)
 
     def add(name: str, pipeline: SoftVQPipeline) -> None:
         systems[name] = System(pipeline, partial(in_pipeline, pipeline, args.guidance_scale))
@@ -390,7 +401,6 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
         vae = random_model(AutoencoderSoftVQ, config, device, dtype)
         shape = {"num_tokens": config["num_latent_tokens"], "in_channels": config["latent_channels"]}
         transformer = random_model(DiTTransformer1DModel, {"num_layers": args.num_layers, **shape}, device, dtype)
-        scheduler = build_scheduler(args.sampler)
         add(f"sit_xl_{tokens}", SoftVQPipeline(vae, transformer, scheduler))
         add(f"per_sample_{tokens}", PerSamplePipeline(vae, transformer, scheduler))
         plain_pipeline = SoftVQPipeline(plain_copy(vae), plain_copy(transformer), scheduler)
@@ -412,6 +422,9 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
         pipeline = MARPipeline(vae, transformer, chain)
         systems["mar_b_64"] = System(pipeline, partial(in_mar_pipeline, pipeline, *settings), 1, args.num_mar_steps)
         pipeline = MARPipeline(systems["official_64"].pipeline.vae, plain_copy(transformer), chain)
+        if args.compile:
+            sample = partial(in_mar_pipeline, pipeline, *settings)
+            systems["eager_mar_b_64"] = System(pipeline, sample, 1, args.num_mar_steps)
         systems["official_mar_b_64"] = System(
             pipeline, partial(sample_mar_in_full, pipeline, *settings), 1, args.num_mar_steps
         )
@@ -428,7 +441,6 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
             "sample_size": args.resolution // 8,
         }
         transformer = random_model(DiTTransformer1DModel, config, device, dtype)
-        scheduler = build_scheduler(args.sampler)
         add("sit_xl_2d", SoftVQPipeline(autoencoder, transformer, scheduler))
         if args.compile:
             add("eager_2d", SoftVQPipeline(plain_copy(autoencoder), plain_copy(transformer), scheduler))
@@ -453,7 +465,8 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
 
 def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) -> dict[str, float]:
     """
-    Compare latents from the same noise. The official loop draws other noise in its SDE, so that the ODE is compared.
+    Compare latents from the same noise, and images of the same latents. The official loop draws other noise in its
+    SDE, so that the ODE is compared.
 
     Returns:
         `dict` of `str` to `float`: largest differences, as shares of the largest entry.
@@ -474,8 +487,16 @@ def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) 
             pipeline.scheduler = scheduler
         for name in names[1:]:
             differences[name] = largest_difference(latents, names[0], name, TOLERANCES[args.dtype])
-    if {"mar_b_64", "official_mar_b_64"} <= set(systems):
-        names, latents = ("mar_b_64", "official_mar_b_64"), {}
+        if {f"sit_xl_{kind}", f"eager_{kind}"} <= set(names):  # the others have a decoder of these
+            with torch.no_grad():
+                images = {
+                    name: systems[name].pipeline.decode_latents(latents[names[0]])
+                    for name in (f"sit_xl_{kind}", f"eager_{kind}")
+                }
+            differences[f"eager_{kind}.decode"] = largest_difference(images, *images, TOLERANCES[args.dtype])
+    names = [name for name in ("mar_b_64", "official_mar_b_64", "eager_mar_b_64") if name in systems]
+    if "mar_b_64" in names:
+        latents = {}
         transformer = systems["mar_b_64"].pipeline.transformer
         generator = torch.Generator(args.device).manual_seed(0)
         shape = 101, 2, transformer.num_tokens, transformer.token_channels
@@ -486,7 +507,8 @@ def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) 
         for name in names:
             system = systems[name]
             latents[name] = system.sample(labels=[1, 2], num_inference_steps=1, generator=generator, **draws)
-        differences["official_mar_b_64"] = largest_difference(latents, *names, MAR_TOLERANCES[args.dtype])
+        for name in names[1:]:
+            differences[name] = largest_difference(latents, names[0], name, MAR_TOLERANCES[args.dtype])
     return differences
 
 
@@ -574,8 +596,9 @@ def compare(args: GenerationBenchmarkArguments, systems: dict[str, System], whol
                 ratios[f"eager_{tokens}.vs_{other}"] = whole.ratio(own, baseline)
     if args.mar:
         for other in ("official_mar_b_64", "sit_b_64", "sit_xl_64"):
-            if {"mar_b_64", other} <= set(systems):
-                ratios |= ratios_by_batch(args, systems, whole, "mar_b_64", other)
+            for name in ("mar_b_64", "eager_mar_b_64"):
+                if {name, other} <= set(systems):
+                    ratios |= ratios_by_batch(args, systems, whole, name, other)
     return ratios
 
 
@@ -584,7 +607,8 @@ def ratios_by_batch(
 ) -> dict[str, Spread]:
     """Of a system and another one: at their best batches, and at each batch size of both."""
     ratios = {}
-    for part in ("", ".latents"):
+    # `DiTPipeline` does not give latents: taking its decoding off again would leave the noise of both
+    for part in ("",) if isinstance(systems[other].pipeline, DiTPipeline) else ("", ".latents"):
         own, baseline = best_batch(f"{name}{part}", whole), best_batch(f"{other}{part}", whole)
         ratios[f"{name}.vs_{other}{part}"] = whole.ratio(own, baseline)
         for batch_size in batch_sizes(args, systems[name]):
@@ -656,13 +680,13 @@ def main(args: GenerationBenchmarkArguments) -> None:
         batch_size = best.partition("@")[2]
         memory = memory_bytes(name, batch_size)
         official = name.replace("sit_xl", "official")
-        if name != official in systems:
-            ratios[f"{name}.vs_{official}.memory"] = Spread.of([memory_bytes(official, batch_size) / memory])
+        official_memory = memory_bytes(official, batch_size) if name != official in systems else None
         models = system.pipeline.transformer, system.pipeline.vae
         measurements[name] = {
             "images_per_second": {key: asdict(whole.rate(key)) for key in whole.seconds if key.startswith(name)},
             "best_batch_size": int(batch_size),
             "memory_bytes": memory,
+            "official_memory_bytes": official_memory,
             "weights_bytes": weights_bytes(*models),
             "num_parameters": [model.num_parameters() for model in models],
             "samples_through_transformer": num_samples(system, args.num_inference_steps),
@@ -675,18 +699,12 @@ def main(args: GenerationBenchmarkArguments) -> None:
                 batch_size,
                 whole.rate(best),
                 f"{memory / 2**30:.2f}",
+                "" if official_memory is None else f"{official_memory / 2**30:.2f}",
                 ratios.get(f"{name}.peak_share", ""),
             ]
         )
-    header = [
-        "system",
-        "M parameters",
-        "samples through the transformer",
-        "best batch",
-        "images/s",
-        "memory, GiB",
-        "peak share",
-    ]
+    header = ["system", "M parameters", "samples through the transformer", "best batch", "images/s", "memory, GiB"]
+    header += ["official loop, GiB", "share of the matmul peak"]
     table = markdown_table(header, rows) + "\n"
     table += markdown_table(["ratio", "median (smallest to largest)"], list(ratios.items()))
     write_report(args.output_dir, "generation", table, ratios, asdict(args), measurements)

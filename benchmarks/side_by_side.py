@@ -176,11 +176,11 @@ def working_memory(call: Callable[[], object], device: torch.device) -> int:
     the call takes: with glibc it is made to give that back to the system first.
     """
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.accelerator.max_memory_allocated(device) - before
 
     process, done, peak = psutil.Process(), threading.Event(), 0
 

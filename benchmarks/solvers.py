@@ -114,6 +114,11 @@ class SolversArguments:
             raise ValueError(f"`--num_images` is {self.num_images}, allowed: integers from 1 on.")
         if not self.guidance_scale > 1:
             raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers above 1.")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(
+                f"`--guidance_interval` is {interval}, allowed: two numbers, low and high, with 0 <= low <= high <= 1."
+            )
         if self.device is None:
             self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 

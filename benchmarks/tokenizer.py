@@ -119,6 +119,8 @@ class TokenizerBenchmarkArguments:
             self.batch_sizes, self.rounds = [1], 2
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"`--batch_sizes` is {self.batch_sizes}, allowed: one or more integers from 1 on.")
+        if self.rounds < 1:
+            raise ValueError(f"`--rounds` is {self.rounds}, allowed: integers from 1 on.")
         self.device = default_device() if self.device is None else self.device
         self.dtype = default_dtype(self.device) if self.dtype is None else self.dtype
 

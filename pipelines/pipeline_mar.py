@@ -7,6 +7,7 @@ for each of the next, and a diffusion chain of single tokens, whose network is a
 import difflib
 import inspect
 import math
+import numbers
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +46,8 @@ class MARPipeline(DiffusionPipeline):
 
     Args:
         vae ([`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]):
-            Decodes latents. The latter belongs to transformers on 2-D latents.
+            Decodes latents, and holds their statistics: it must be the tokenizer that `transformer` was trained with,
+            which knows nothing of them. [`~diffusers.AutoencoderKL`] belongs to transformers on 2-D latents.
         transformer ([`MARTransformer1DModel`]):
             Gives conditions for unknown tokens, and predicts the noise in single tokens.
         scheduler ([`TemperatureDDPMScheduler`]):
@@ -355,14 +357,18 @@ class MARPipeline(DiffusionPipeline):
                 block before has left.
             freeze_weights (`bool`, *optional*, defaults to `False`):
                 Whether the denoiser is compiled as a whole with its weights of now, in the order in which the
-                processor multiplies them: for CPUs. Changes of weights, such as by a LoRA, may have no effect on it
-                afterwards. It takes the memory of its weights once more.
+                processor multiplies them: for CPUs. Where weights change in place afterwards (`load_state_dict`, a
+                LoRA that is fused), call this again, or images are still those of the old ones; that drops all other
+                compiled programs of the process, which are compiled anew when they are called. It takes the memory of
+                the denoiser's weights once more.
 
         Raises:
             ValueError: If `mode` is not allowed.
         """
         if mode not in COMPILE_MODES:
             raise ValueError(f"`mode` is {mode!r}, allowed: {', '.join(map(repr, COMPILE_MODES))}.")
+        if freeze_weights or self._freeze_weights:
+            torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
         if freeze_weights:
             for block in (*self.transformer.encoder_blocks, *self.transformer.decoder_blocks):
                 block.compile(mode=mode)
@@ -413,6 +419,9 @@ class MARPipeline(DiffusionPipeline):
         if batch_size == 0:
             raise ValueError("`class_labels` is empty, allowed: at least one label.")
 
+        for name, value in {"guidance_scale": guidance_scale, "temperature": temperature}.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"`{name}` is {value!r}, allowed: numbers.")
         if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, allowed: finite numbers from 0 on (guidance is off up to 1)."
@@ -557,7 +566,8 @@ class MARPipeline(DiffusionPipeline):
         tokens, noise = noise[0], noise[1:]
         if timestep_embeds is not None:
             condition_embeds = self.transformer.embed_conditions(conditions)
-        device_timesteps = self.scheduler.timesteps.to(tokens.device)
+        else:
+            device_timesteps = self.scheduler.timesteps.to(tokens.device)
         for i, timestep in enumerate(self.scheduler.timesteps.tolist()):
             model_input = tokens if guidance_scale is None else torch.cat([tokens, tokens])
             if timestep_embeds is not None:
@@ -591,7 +601,7 @@ class MARPipeline(DiffusionPipeline):
         token_noise: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, torch.Tensor]], dict]
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict[str, torch.Tensor]], dict]
         | PipelineCallback
         | MultiPipelineCallbacks
         | None = None,
@@ -643,7 +653,18 @@ class MARPipeline(DiffusionPipeline):
             ValueError: If a value is not allowed: a label or name, a scale, schedule or number of steps, the
                 temperature, the length of a list of generators, orders or noise of a wrong shape or content,
                 `output_type` or a callback input. Raised before any computation.
-            TypeError: If labels, numbers of steps, generators, orders or noise are of a wrong type.
+            TypeError: If labels, numbers, generators, orders or noise are of a wrong type.
+
+        Examples:
+
+        ```py
+        >>> import torch
+        >>> from softvq_hf import MARPipeline
+
+        >>> pipeline = MARPipeline.from_pretrained("outputs/quickstart/mar")
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> images = pipeline([0, 1], guidance_scale=2.0, num_inference_steps=16, generator=generator).images
+        ```
         """
         # 1. Check the inputs
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):

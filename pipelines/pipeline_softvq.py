@@ -268,15 +268,20 @@ class SoftVQPipeline(DiffusionPipeline):
                 block before has left.
             freeze_weights (`bool`, *optional*, defaults to `False`):
                 Whether the transformer is compiled as a whole with its weights of now, in the order in which the
-                processor multiplies them: for CPUs. Changes of weights, such as by a LoRA, may have no effect on it
-                afterwards. It takes the memory of its weights once more, and a minute of compilation for XL, again at
-                the second batch size.
+                processor multiplies them: for CPUs. Where weights change in place afterwards (`load_state_dict`, a
+                LoRA that is fused), call this again, or images are still those of the old ones; that drops all other
+                compiled programs of the process, which are compiled anew when they are called. It takes the memory of
+                the weights once more, and a minute of compilation for XL, again at the second batch size. torch keeps
+                `torch._dynamo.config.recompile_limit` programs, 8, for all transformers of a process, and calls
+                further ones as they are, with a warning.
 
         Raises:
             ValueError: If `mode` is not allowed.
         """
         if mode not in COMPILE_MODES:
             raise ValueError(f"`mode` is {mode!r}, allowed: {', '.join(map(repr, COMPILE_MODES))}.")
+        if freeze_weights or self._freeze_weights:
+            torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
         if freeze_weights:
             self.transformer.compile(mode=mode)
         else:
@@ -835,7 +840,9 @@ class SoftVQPipeline(DiffusionPipeline):
                 if guided != was_guided:
                     self.restart_solver()
                 was_guided = guided
-                prediction = self.predict(model_input, device_timesteps[i], class_labels, guided, modulation)
+                # a copy: for a view a compiler would make another program, since it lies elsewhere in each step
+                timestep = device_timesteps[i].clone()
+                prediction = self.predict(model_input, timestep, class_labels, guided, modulation)
                 latents = self.denoise(prediction, t, latents, step_kwargs)
 
                 if callback_on_step_end is not None:

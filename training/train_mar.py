@@ -21,11 +21,11 @@ from softvq_hf.training.accelerator import build_accelerator
 from softvq_hf.training.arguments import check_output_dir, parse_args
 from softvq_hf.training.checkpointing import open_output_dir
 from softvq_hf.training.dataloader import build_dataloader, check_dataset_size
-from softvq_hf.training.generator import build_token_scheduler, get_latent_shape
+from softvq_hf.training.generator import build_token_scheduler, check_pretrained_latents, get_latent_shape
 from softvq_hf.training.generator_arguments import MARTrainingArguments
 from softvq_hf.training.generator_loop import check_length, train_generator
 from softvq_hf.training.hub import create_run_repo
-from softvq_hf.training.mar import MARWithLoss, build_mar, check_pretrained_latents, parameter_groups
+from softvq_hf.training.mar import MARWithLoss, build_mar, parameter_groups
 from softvq_hf.training.randomness import BatchGenerators
 
 
@@ -80,6 +80,7 @@ def main(args: MARTrainingArguments) -> None:
         repo_id,
         model=model,
         parameters=parameter_groups(model),
+        vae=vae,
         train_dataset=train_dataset,
         train_dataloader=train_dataloader,
         max_train_steps=max_train_steps,

@@ -28,7 +28,13 @@ from softvq_hf.training.arguments import check_output_dir, parse_args
 from softvq_hf.training.checkpointing import open_output_dir
 from softvq_hf.training.dataloader import build_dataloader, check_dataset_size
 from softvq_hf.training.distributed import place_teacher
-from softvq_hf.training.generator import build_ddpm_scheduler, encode_latents, get_latent_shape, load_tokenizer
+from softvq_hf.training.generator import (
+    build_ddpm_scheduler,
+    check_pretrained_latents,
+    encode_latents,
+    get_latent_shape,
+    load_tokenizer,
+)
 from softvq_hf.training.generator_arguments import SiTTrainingArguments
 from softvq_hf.training.generator_loop import check_length, train_generator
 from softvq_hf.training.hub import create_run_repo
@@ -109,6 +115,8 @@ def main(args: SiTTrainingArguments) -> None:
     max_train_steps = check_length(accelerator, args, train_dataloader)
 
     # 2. Transformer and loss
+    if args.pretrained_model_name_or_path is not None:
+        check_pretrained_latents(args.pretrained_model_name_or_path, vae)
     transformer = build_transformer(args, get_latent_shape(vae, args.resolution), train_dataset.num_classes)
     scheduler = build_scheduler(args, transformer.out_channels > transformer.config.in_channels)
     teacher = None
@@ -134,6 +142,7 @@ def main(args: SiTTrainingArguments) -> None:
         repo_id,
         model=model,
         parameters=model.parameters(),
+        vae=vae,
         train_dataset=train_dataset,
         train_dataloader=train_dataloader,
         max_train_steps=max_train_steps,

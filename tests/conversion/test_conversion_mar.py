@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from softvq_hf.conversion import convert_checkpoint
-from softvq_hf.conversion.mar import NAMED_SIZES
+from softvq_hf.conversion.mar import NAMED_SIZES, _key_map
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 
 
 @pytest.fixture
@@ -54,20 +55,64 @@ def test_sizes_by_name():
     }
 
 
-def test_names_of_the_official_scripts():
-    config = {
-        "model": "mar_base",
+def official_config(name, denoiser_width, denoiser_depth):
+    return {
+        "model": name,
         "img_size": 256,
         "vae_stride": 16,
         "patch_size": 1,
         "vae_embed_dim": 16,
         "buffer_size": 64,
-        "diffloss_d": 6,
-        "diffloss_w": 1024,
+        "diffloss_d": denoiser_depth,
+        "diffloss_w": denoiser_width,
     }
-    with pytest.raises(ValueError, match="`state_dict` has class_emb.weight of shape None, allowed"):
+
+
+@pytest.mark.parametrize(
+    ("config", "num_parameters"),
+    [
+        (official_config("mar_base", 1024, 6), 207_924_768),
+        (official_config("mar_large", 1280, 8), 478_326_304),
+        (official_config("mar_huge", 1536, 12), 942_403_104),
+    ],
+)
+def test_published_sizes(config, num_parameters):
+    """Checkpoints with the official keys and shapes, but without values."""
+    with torch.device("meta"):
+        sizes = NAMED_SIZES[config["model"]]
+        model = MARTransformer1DModel(
+            in_channels=16,
+            sample_size=16,
+            denoiser_hidden_size=config["diffloss_w"],
+            denoiser_num_layers=config["diffloss_d"],
+            encoder_hidden_size=sizes["encoder_embed_dim"],
+            encoder_num_layers=sizes["encoder_depth"],
+            encoder_num_attention_heads=sizes["encoder_num_heads"],
+            decoder_hidden_size=sizes["decoder_embed_dim"],
+            decoder_num_layers=sizes["decoder_depth"],
+            decoder_num_attention_heads=sizes["decoder_num_heads"],
+        )
+        own = model.state_dict()
+        official = {
+            key: torch.cat([own[name] for name in names]) if len(names) > 1 else own[names[0]]
+            for key, names in _key_map(model).items()
+        }
+        official["fake_latent"] = official["class_emb.weight"][:1]
+        official["class_emb.weight"] = official["class_emb.weight"][1:]
+        converted = convert_checkpoint("mar", official, config)
+    assert converted.num_parameters() == num_parameters
+    assert {name: weight.shape for name, weight in converted.state_dict().items()} == {
+        name: weight.shape for name, weight in own.items()
+    }
+
+
+def test_names_of_the_official_scripts():
+    config = official_config("mar_base", 1024, 6)
+    with pytest.raises(ValueError, match="missing: class_emb.weight, .*fake_latent, mask_token"):
         with torch.device("meta"):
             convert_checkpoint("mar", {}, config)
+    with pytest.raises(ValueError, match="`config\\['model'\\]` is 'mar_base', allowed with `encoder_depth` 10"):
+        convert_checkpoint("mar", {}, config | {"encoder_depth": 10})
     with pytest.raises(
         ValueError, match="`config\\['model'\\]` is 'mar_tiny', allowed: mar_base, mar_large, mar_huge"
     ):
@@ -96,7 +141,10 @@ def test_configs_that_do_not_fit(mar, change, message):
 
 def test_weights_that_do_not_fit(mar):
     weights, config = mar
-    for name in ("fake_latent", "mask_token"):
+    rest = {key: value for key, value in weights.items() if key not in ("fake_latent", "mask_token")}
+    with pytest.raises(ValueError, match="2 missing: fake_latent, mask_token"):
+        convert_checkpoint("mar", rest, config)
+    for name in ("fake_latent", "class_emb.weight", "mask_token"):
         with pytest.raises(ValueError, match=name):
             convert_checkpoint("mar", {key: value for key, value in weights.items() if key != name}, config)
     with pytest.raises(ValueError, match="1 unexpected: surplus"):

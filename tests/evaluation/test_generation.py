@@ -304,10 +304,13 @@ def test_pipelines_of_mar(evaluate, fresh_accelerate, tiny_mar_pipeline, tiny_cl
     pipeline = tiny_mar_pipeline()
     (export_pipeline if is_exported else MARPipeline.save_pretrained)(pipeline, tmp_path / "mar")
     changes = {"pipeline": tmp_path / "mar", "num_diffusion_steps": 3, "num_inference_steps": 20}
+    changes |= {"temperature": 0.9, "guidance_schedule": "constant"} if is_exported else {}
     result = evaluate("samples", **changes, update_model_card=is_exported)
     protocol = result["protocol"]
-    assert "linear guidance 2, 10 autoregressive steps of 3 at temperature 1" in protocol["name"]
-    assert protocol["guidance_schedule"] == "linear" and protocol["num_inference_steps"] == 20
+    guidance, temperature = ("constant", 0.9) if is_exported else ("linear", 1)
+    words = f"{guidance} guidance 2, 10 autoregressive steps of 3 at temperature {temperature}"
+    assert words in protocol["name"] and protocol["num_inference_steps"] == 20
+    assert (protocol["guidance_schedule"], protocol["temperature"]) == (guidance, temperature)
     assert result["metrics"]["fd (tiny_classifier)"] > 0
     if is_exported:
         assert ModelCard.load(tmp_path / "mar/README.md").data.eval_results

@@ -166,28 +166,42 @@ def test_default_is_mar_b():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_steps", "expected"), [(64, 1.200), (32, 0.577), (16, 0.286)])
-def test_multiplications_for_an_image(num_steps, expected):
+@pytest.mark.parametrize(
+    ("config", "num_steps", "expected", "expected_denoiser"),
+    [
+        pytest.param(B, 64, 1.200, 0.215, id="MAR-B, 64 steps"),
+        pytest.param(B, 32, 0.577, 0.215, id="MAR-B, 32 steps"),
+        pytest.param(B, 16, 0.286, 0.215, id="MAR-B, 16 steps"),
+        pytest.param(L, 64, 2.853, 0.441, id="MAR-L, 64 steps"),
+        pytest.param(H, 64, 5.584, 0.937, id="MAR-H, 64 steps"),
+        pytest.param(H, 16, 1.333, 0.937, id="MAR-H, 16 steps"),
+        pytest.param({**H, "num_tokens": 32, "in_channels": 64}, 32, 2.188, 0.469, id="MAR-H 32x64, 32 steps"),
+    ],
+)
+def test_multiplications_for_an_image(config, num_steps, expected, expected_denoiser):
     """Those of docs/generators.md, in 10^12: of the transformer by steps, and of the denoiser."""
+    decoder = {key.replace("encoder", "decoder"): value for key, value in config.items() if key.startswith("encoder")}
     with torch.device("meta"):
-        model = MARTransformer1DModel().eval()
+        model = MARTransformer1DModel(**config, **decoder).eval()
         pipeline = MARPipeline(AutoencoderKL(), model, TemperatureDDPMScheduler())
-        labels = torch.zeros(1, dtype=torch.long)
+        labels, num_tokens, channels = torch.zeros(1, dtype=torch.long), model.num_tokens, model.token_channels
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            num_unknown = 64
+            num_unknown = num_tokens
             for remaining, _ in pipeline.plan_steps(num_steps, 1.0, "constant"):
                 visible, predicted = (
-                    torch.zeros(1, count, dtype=torch.long) for count in (64 - num_unknown, num_unknown - remaining)
+                    torch.zeros(1, count, dtype=torch.long)
+                    for count in (num_tokens - num_unknown, num_unknown - remaining)
                 )
-                model(torch.zeros(1, 64, 32), labels, visible, predicted)
+                model(torch.zeros(1, num_tokens, channels), labels, visible, predicted)
                 num_unknown = remaining
-        assert counter.get_total_flops() / 2e12 == pytest.approx(expected, abs=1e-3)
+        multiplications = counter.get_total_flops() / 2e12
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.denoise(torch.zeros(1, 32), conditioning=torch.zeros(1, 1024))
+            model.denoise(torch.zeros(1, channels), conditioning=torch.zeros(1, model.config.denoiser_hidden_size))
         per_step = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.embed_conditions(torch.zeros(1, 768))
-        assert 64 * (100 * per_step + counter.get_total_flops()) / 2e12 == pytest.approx(0.215, abs=1e-3)
+            model.embed_conditions(torch.zeros(1, model.config.decoder_hidden_size))
+        denoiser = num_tokens * (100 * per_step + counter.get_total_flops()) / 2e12
+    assert (multiplications, denoiser) == pytest.approx((expected, expected_denoiser), abs=1e-3)
 
 
 # Initialisation
@@ -451,14 +465,22 @@ def test_denoiser_needs_its_conditioning():
     ("change", "message"),
     [
         ({"num_tokens": 0}, "`num_tokens` must be positive, but is 0"),
+        ({"sample_size": 0}, "`sample_size` must be positive, but is 0"),
+        ({"mlp_ratio": 1e-4}, "`mlp_ratio` must give MLPs a width of 1 or more, but is 0.0001"),
         ({"buffer_size": 0}, "`buffer_size` must be positive, but is 0"),
         ({"denoiser_num_layers": -1}, "`denoiser_num_layers` must be positive, but is -1"),
         ({"dropout": 1.5}, r"`dropout` must lie in \[0, 1\], but is 1.5"),
         ({"decoder_hidden_size": 33}, "`decoder_hidden_size` must be a multiple of `decoder_num_attention_heads` = 2"),
         ({"patch_size": 2}, "`patch_size` must be 1 without `sample_size`, but is 2"),
-        ({"sample_size": 7, "patch_size": 2}, "`sample_size` must be a positive multiple of `patch_size` = 2"),
+        ({"sample_size": 7, "patch_size": 2}, "`sample_size` must be a multiple of `patch_size` = 2, but is 7"),
     ],
 )
 def test_bad_configs(change, message):
     with pytest.raises(ValueError, match=message):
+        build(**change)
+
+
+@pytest.mark.parametrize("change", [{"buffer_size": 2.5}, {"num_tokens": None}, {"sample_size": [16, 16]}])
+def test_sizes_are_integers(change):
+    with pytest.raises(TypeError, match=f"`{next(iter(change))}` must be an integer, but is"):
         build(**change)

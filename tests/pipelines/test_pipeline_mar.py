@@ -266,6 +266,8 @@ def test_progress_bar(pipeline, capsys):
         ),
         ({"guidance_scale": float("inf")}, ValueError, "`guidance_scale` is inf, allowed"),
         ({"num_inference_steps": 0}, ValueError, "`num_inference_steps` is 0, allowed: integers from 1 on"),
+        ({"temperature": "1"}, TypeError, "`temperature` is '1', allowed: numbers"),
+        ({"guidance_scale": None}, TypeError, "`guidance_scale` is None, allowed: numbers"),
         ({"num_inference_steps": 2.5}, TypeError, "`num_inference_steps` is 2.5, allowed: integers"),
         ({"num_diffusion_steps": 0}, ValueError, "`num_diffusion_steps` is 0, allowed: integers from 1 on"),
         ({"num_diffusion_steps": 1001}, ValueError, "`num_diffusion_steps` is 1001, allowed: up to 1000"),

@@ -1,5 +1,7 @@
 """What makes SoftVQPipeline fast: modulations once for each step and class, no reading back, compiled blocks."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import (
@@ -148,6 +150,38 @@ def test_fast_sampling_keeps_the_reference_trajectories(golden, tiny_pipeline, s
     torch.testing.assert_close(latents.double(), tensors[f"output.{sampler}_cfg"], rtol=0, atol=1e-5)
     compiled = [pipeline.transformer] if freeze_weights else pipeline.transformer.transformer_blocks
     assert all(module._compiled_call_impl is not None for module in compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze_weights", [False, True])
+def test_fast_sampling_again_takes_new_weights(tiny_pipeline, freeze_weights):
+    pipeline, expected_pipeline = tiny_pipeline(), tiny_pipeline()
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    latents = torch.randn(2, 10, 6)
+    before = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    weights = {name: torch.randn_like(weight) * 0.2 for name, weight in pipeline.transformer.state_dict().items()}
+    for transformer in (pipeline.transformer, expected_pipeline.transformer):
+        transformer.load_state_dict(weights)
+    pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
+    result = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    expected = expected_pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_each_batch_size_of_fast_sampling_has_one_program(tiny_pipeline):
+    """The place of a step among the timesteps makes no other one."""
+    torch.compiler.reset()
+    pipeline = tiny_pipeline()
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    counters = torch._dynamo.utils.counters["stats"]
+    programs = [counters["unique_graphs"]]
+    # guided in the last 7 of 10 steps: each batch size comes up at several steps; the third is a dynamic one
+    for labels in ([0, 1], [0, 1, 2], [0, 1, 2, 3, 3]):
+        pipeline(labels, **ARGUMENTS)
+        programs.append(counters["unique_graphs"])
+    assert [after - before for before, after in itertools.pairwise(programs)] == [2, 0, 0]
 
 
 @pytest.mark.slow

@@ -75,8 +75,8 @@ def test_temperature_scales_the_noise_alone():
             model_output, timestep, sample, variance_noise=noise, temperature=temperature
         ).prev_sample
 
-    torch.testing.assert_close(step(0.5), (step(0.0) + step(1.0)) / 2)
-    assert not torch.allclose(step(0.0), step(1.0), atol=1e-2)
+    torch.testing.assert_close(step(1.0), (step(0.5) + step(1.5)) / 2)
+    assert not torch.allclose(step(0.5), step(1.0), atol=1e-2)
 
 
 def test_last_step_adds_no_noise():
@@ -145,8 +145,8 @@ def test_bad_steps():
         ValueError, match=r"`model_output` has shape \(1, 2\), allowed: that of `sample`, \(1, 2\), with"
     ):
         scheduler.step(torch.zeros(1, 2), 999, torch.zeros(1, 2))
-    for temperature in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"`temperature` is {temperature}, allowed: finite numbers from 0 on"):
+    for temperature in (-1.0, 0.0, float("nan")):
+        with pytest.raises(ValueError, match=f"`temperature` is {temperature}, allowed: finite numbers above 0"):
             scheduler.step(torch.zeros(1, 4), 999, torch.zeros(1, 2), temperature=temperature)
     with pytest.raises(ValueError, match="`num_inference_steps` is None and `timesteps` is None, allowed: one of"):
         scheduler.set_timesteps()

@@ -129,6 +129,21 @@ def test_fine_tuning_and_clipped_samples(run_main, mar_args, latents_dir, tmp_pa
             f"--output_dir={tmp_path / 'third'}",
         )
 
+    # a run that is to go on with such latents
+    others = tmp_path / "other_latents"
+    shutil.copytree(latents_dir, others)
+    vae.save_pretrained(others / "vae")
+    flags = [flag for flag in [*mar_args, *flags] if not flag.startswith("--latents_dir")]
+    with pytest.raises(ValueError, match="'scaling_factor': 2.0, .*, this run has those of .*'scaling_factor': 1.5"):
+        run_main(
+            "train_mar",
+            *flags,
+            f"--latents_dir={others}",
+            "--max_train_steps=4",
+            "--resume_from_checkpoint=latest",
+            f"--output_dir={tmp_path / 'first'}",
+        )
+
 
 @pytest.mark.slow
 def test_compiled_training_in_bfloat16(run_main, mar_args, latents_dir, tmp_path, read_metrics):
@@ -247,7 +262,8 @@ def test_weight_decay_reaches_matrices_and_tables_outside_of_the_denoiser(tiny):
         (["--num_diffusion_steps=1001"], "`--num_diffusion_steps` is 1001, allowed: integers from 1 to 1000"),
         (["--temperature=0"], "`--temperature` is 0.0, allowed: finite numbers above 0"),
         (["--clip_sample_range=-1"], "`--clip_sample_range` is -1.0, allowed"),
-        (["--guidance_scale=0.5"], "`--guidance_scale` is 0.5, allowed: numbers from 1 on"),
+        (["--guidance_scale=0.5"], "`--guidance_scale` is 0.5, allowed: finite numbers from 1 on"),
+        (["--guidance_scale=inf"], "`--guidance_scale` is inf, allowed: finite numbers from 1 on"),
         (["--num_inference_steps=0"], "`--num_inference_steps` is 0, allowed: integers from 1 on"),
         (["--dataset_name=photographs"], "`--latents_dir` is 'latents', which brings images along"),
         (["--max_train_samples=4"], "`--max_train_samples` is 4, allowed with `--latents_dir`: leave it out"),

@@ -156,6 +156,26 @@ def test_live_latents_sde_and_fine_tuning(run_main, sit_args, tokenizer_dir, tmp
     assert [line["step"] for line in read_metrics(tmp_path / "second")] == [1, 2]
 
 
+def test_latents_of_another_tokenizer(run_main, sit_args, latents_dir, tmp_path):
+    flags = [*sit_args, "--max_train_steps=2", "--validation_steps=0"]
+    run_main("train_sit", *flags, f"--latents_dir={latents_dir}", f"--output_dir={tmp_path / 'first'}")
+    others = tmp_path / "other_latents"
+    shutil.copytree(latents_dir, others)
+    vae = AutoencoderSoftVQ.from_pretrained(others / "vae")
+    vae.register_to_config(shift_factor=0.3)
+    vae.save_pretrained(others / "vae")
+    flags.append(f"--latents_dir={others}")
+    with pytest.raises(ValueError, match="was trained on latents of the tokenizer .*, this run .*'shift_factor': 0.3"):
+        resume = ["--resume_from_checkpoint=latest", "--max_train_steps=4"]
+        run_main("train_sit", *flags, *resume, f"--output_dir={tmp_path / 'first'}")
+    flags = [flag for flag in flags if not flag.startswith("--model")]
+    flags += [f"--pretrained_model_name_or_path={tmp_path / 'first'}", f"--output_dir={tmp_path / 'second'}"]
+    with pytest.raises(ValueError, match="has the `shift_factor` .*, but the latents are of a tokenizer with 0.3"):
+        run_main("train_sit", *flags)
+    shutil.rmtree(tmp_path / "first/vae")  # the transformer alone
+    run_main("train_sit", *flags)
+
+
 def test_live_latents_ddim_and_fixed_variance(
     run_main, sit_args, transformer_config, tokenizer_dir, tmp_path, read_metrics
 ):

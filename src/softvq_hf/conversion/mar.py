@@ -71,7 +71,14 @@ def convert_mar(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> MAR
     if config.get("model") is not None:
         if config["model"] not in NAMED_SIZES:
             raise ValueError(f"`config['model']` is {config['model']!r}, allowed: {', '.join(NAMED_SIZES)}.")
-        config = NAMED_SIZES[config["model"]] | dict(config)
+        sizes = NAMED_SIZES[config["model"]]
+        others = [f"`{name}` {config[name]}" for name in sizes if config.get(name, sizes[name]) != sizes[name]]
+        if others:
+            raise ValueError(
+                f"`config['model']` is {config['model']!r}, allowed with {', '.join(others)}: no name, or the sizes of"
+                f" that model, {sizes}."
+            )
+        config = sizes | dict(config)
     config = DEFAULTS | check_official_config(
         config, REQUIRED_CONFIG_KEYS | SIZE_CONFIG_KEYS, OPTIONAL_CONFIG_KEYS, IGNORED_CONFIG_KEYS
     )
@@ -107,12 +114,18 @@ def convert_mar(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> MAR
     # The official table of classes has no row for the null class, whose vector stands by itself
     width = model.config.encoder_hidden_size
     for key, rows in {"class_emb.weight": model.config.num_classes, "fake_latent": 1}.items():
-        shape = tuple(official[key].shape) if key in official else None  # tensors, as the prefixes were stripped
-        if shape != (rows, width):
-            raise ValueError(f"`state_dict` has {key} of shape {shape}, allowed: {(rows, width)}.")
-    table, null_class = official["class_emb.weight"], official.pop("fake_latent")
-    official["class_emb.weight"] = torch.cat([table, null_class.to(table.dtype)])
-    return load_official_state_dict(model, official, _key_map(model))
+        if key in official and tuple(official[key].shape) != (rows, width):
+            raise ValueError(
+                f"`state_dict` has {key} of shape {tuple(official[key].shape)}, allowed: {(rows, width)}."
+            )
+    key_map = _key_map(model)
+    if "fake_latent" not in official:
+        key_map["fake_latent"] = ("class_embedder.weight",)  # is reported as missing, with all others
+    null_class = official.pop("fake_latent", torch.zeros(1, width))
+    if "class_emb.weight" in official:
+        table = official["class_emb.weight"]
+        official["class_emb.weight"] = torch.cat([table, null_class.to(table)])
+    return load_official_state_dict(model, official, key_map)
 
 
 def _key_map(model: MARTransformer1DModel) -> dict[str, tuple[str, ...]]:

@@ -49,8 +49,17 @@ NPZ_FILE = "samples.npz"
 
 
 def sampling_arguments(pipeline: SoftVQPipeline | MARPipeline) -> tuple[str, ...]:
-    """The names of the arguments of a pipeline's call that images depend on, beside labels and noise."""
-    return next(names for kind, names in SAMPLING_ARGUMENTS.items() if isinstance(pipeline, kind))
+    """
+    The names of the arguments of a pipeline's call that images depend on, beside labels and noise.
+
+    Raises:
+        TypeError: If it is another pipeline.
+    """
+    for kind, names in SAMPLING_ARGUMENTS.items():
+        if isinstance(pipeline, kind):
+            return names
+    allowed = " and ".join(kind.__name__ for kind in SAMPLING_ARGUMENTS)
+    raise TypeError(f"`pipeline` is a {type(pipeline).__name__}, allowed: {allowed}.")
 
 
 def plan_samples(

@@ -271,6 +271,7 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     Raises:
         ValueError: If a size is not positive, a probability lies outside of [0, 1], a width is not a multiple of its
             heads, or `patch_size` does not divide `sample_size`, or is given without it.
+        TypeError: If a size is not an integer.
     """
 
     _supports_gradient_checkpointing = True
@@ -313,15 +314,20 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             "decoder_hidden_size": decoder_hidden_size,
             "decoder_num_layers": decoder_num_layers,
             "decoder_num_attention_heads": decoder_num_attention_heads,
-            "mlp_ratio": mlp_ratio,
             "denoiser_hidden_size": denoiser_hidden_size,
             "denoiser_num_layers": denoiser_num_layers,
             "num_classes": num_classes,
             "patch_size": patch_size,
         }
+        if sample_size is not None:
+            sizes["sample_size"] = sample_size
         for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be an integer, but is {value!r}.")
             if value <= 0:
                 raise ValueError(f"`{name}` must be positive, but is {value}.")
+        if int(min(encoder_hidden_size, decoder_hidden_size) * mlp_ratio) < 1:
+            raise ValueError(f"`mlp_ratio` must give MLPs a width of 1 or more, but is {mlp_ratio}.")
         probabilities = {
             "attention_dropout": attention_dropout,
             "dropout": dropout,
@@ -339,10 +345,8 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 )
         if sample_size is None and patch_size != 1:
             raise ValueError(f"`patch_size` must be 1 without `sample_size`, but is {patch_size}.")
-        if sample_size is not None and (sample_size <= 0 or sample_size % patch_size != 0):
-            raise ValueError(
-                f"`sample_size` must be a positive multiple of `patch_size` = {patch_size}, but is {sample_size}."
-            )
+        if sample_size is not None and sample_size % patch_size != 0:
+            raise ValueError(f"`sample_size` must be a multiple of `patch_size` = {patch_size}, but is {sample_size}.")
 
         self.is_2d = sample_size is not None
         self.num_tokens = (sample_size // patch_size) ** 2 if self.is_2d else num_tokens

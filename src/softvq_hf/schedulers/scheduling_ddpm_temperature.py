@@ -160,7 +160,7 @@ class TemperatureDDPMScheduler(DDPMScheduler):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`DDPMSchedulerOutput`].
             variance_noise (`torch.Tensor` of the shape of `sample`, *optional*):
                 The unit normal to use instead of drawing one. The last step ignores it.
-            temperature (`float`, *optional*, defaults to 1.0): Factor of the noise, from 0 on.
+            temperature (`float`, *optional*, defaults to 1.0): Factor of the noise, above 0.
 
         Returns:
             [`DDPMSchedulerOutput`] or `tuple`: the next sample, in the dtype of `sample`, and the predicted data.
@@ -169,8 +169,8 @@ class TemperatureDDPMScheduler(DDPMScheduler):
             ValueError: If `set_timesteps` has not set this timestep, the shapes do not fit each other, or the
                 temperature is not allowed.
         """
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"`temperature` is {temperature}, allowed: finite numbers from 0 on.")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"`temperature` is {temperature}, allowed: finite numbers above 0.")
         coefficients = getattr(self, "_coefficients", {}).get(int(timestep))
         if coefficients is None:
             raise ValueError(f"`timestep` is {timestep}, allowed: one of `timesteps`, after `set_timesteps`.")

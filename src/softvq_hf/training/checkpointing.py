@@ -268,6 +268,7 @@ def save_checkpoint(
     ema: EMAModel | None = None,
     buffers: dict[str, torch.nn.Module] | None = None,
     lr_schedulers: Sequence[LRScheduler] = (),
+    tokenizer: dict[str, Any] | None = None,
 ) -> Path:
     """
     Write `checkpoint-{state.step}`, then delete the oldest checkpoints over the limit. To be called on all processes,
@@ -283,6 +284,9 @@ def save_checkpoint(
         ema (`EMAModel`, *optional*): Averaged weights, sharded as the model is.
         buffers (`dict`, *optional*): Modules by name that are not prepared but have a state, e.g. running averages.
         lr_schedulers (sequence of `LRScheduler`): Schedules, which are not prepared.
+        tokenizer (`dict`, *optional*):
+            Of a generator, what its latents are of, as JSON can hold it:
+            [`~softvq_hf.training.generator.describe_tokenizer`].
 
     Returns:
         `Path`: The folder of the checkpoint.
@@ -330,6 +334,8 @@ def save_checkpoint(
                 "mixed_precision": accelerator.mixed_precision,
                 "sharding": _sharding(accelerator),
             }
+            if tokenizer is not None:
+                trainer_state["tokenizer"] = tokenizer
             if ema is not None:
                 trainer_state["ema"] = {k: v for k, v in ema.state_dict().items() if k != "shadow_params"}
             for path in partial.rglob("*"):
@@ -419,6 +425,7 @@ def load_checkpoint(
     ema: EMAModel | None = None,
     buffers: dict[str, torch.nn.Module] | None = None,
     lr_schedulers: Sequence[LRScheduler] = (),
+    tokenizer: dict[str, Any] | None = None,
 ) -> None:
     """
     Load what [`save_checkpoint`] wrote into the same objects, given in the same order. To be called on all processes,
@@ -428,7 +435,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: If the checkpoint was written by a run with other parts (averaged weights, schedules), models,
-            precision or sharding.
+            precision or sharding, or on the latents of another tokenizer.
         CheckpointError: If a file cannot be read.
     """
     path = Path(path)
@@ -449,6 +456,12 @@ def load_checkpoint(
     }
     if saved != wanted:
         raise ValueError(f"`--resume_from_checkpoint` {path} was written with {saved}, this run has {wanted}.")
+    before = trainer_state.get("tokenizer", tokenizer)  # older checkpoints do not say
+    if before != tokenizer:
+        raise ValueError(
+            f"`--resume_from_checkpoint` {path} was trained on latents of the tokenizer {before}, this run has those"
+            f" of {tokenizer}. Allowed: latents of the same tokenizer, normalised alike."
+        )
 
     try:
         _load_parts(accelerator, path, trainer_state, state, ema, buffers or {}, lr_schedulers)

@@ -1,5 +1,6 @@
 """What training a generator, finding its path and converting it share: a tokenizer's latents, and DDPM chains."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from safetensors import SafetensorError
 
+from softvq_hf.data.latents import tokenizer_fingerprint
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.schedulers.scheduling_ddpm_temperature import TemperatureDDPMScheduler
 
@@ -50,6 +52,40 @@ def load_tokenizer(name_or_path: str, **hub_options: Any) -> AutoencoderSoftVQ |
     if wrong:
         raise ValueError(f"The tokenizer {name_or_path!r} has weights that do not fit its config: {wrong}.")
     return vae.eval()
+
+
+def describe_tokenizer(vae: AutoencoderSoftVQ | AutoencoderKL) -> dict[str, Any]:
+    """What decides the latents that a generator learns, as JSON: weights and configuration, and the statistics."""
+    return {
+        "fingerprint": tokenizer_fingerprint(vae),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor,
+    }
+
+
+def check_pretrained_latents(name_or_path: str, vae: AutoencoderSoftVQ | AutoencoderKL) -> None:
+    """
+    Check that a pipeline to go on from was trained on latents that are normalised in the same way.
+
+    Args:
+        name_or_path (`str`): A folder or a Hub repository; one without a tokenizer passes.
+        vae ([`AutoencoderSoftVQ`] or [`~diffusers.AutoencoderKL`]): The tokenizer of the latents to train on.
+
+    Raises:
+        ValueError: If the statistics of the two tokenizers differ.
+    """
+    try:
+        config = AutoencoderSoftVQ.load_config(name_or_path, subfolder="vae")
+    except OSError:
+        return
+    for name in ("shift_factor", "scaling_factor"):
+        before, now = config.get(name), vae.config[name]
+        if not math.isclose(before or 0.0, now or 0.0, rel_tol=1e-6, abs_tol=1e-9):
+            raise ValueError(
+                f"`--pretrained_model_name_or_path` is {name_or_path!r}, whose tokenizer has the `{name}` {before},"
+                f" but the latents are of a tokenizer with {now}. Allowed: latents of the tokenizer it was trained"
+                " with; or a folder that holds its `transformer` alone, to start from the weights all the same."
+            )
 
 
 def load_transformer(model_class: type[ModelMixin], name_or_path: str) -> ModelMixin:

@@ -60,8 +60,8 @@ class GeneratorTrainingArguments(TrainingArguments):
                         f"`--{name}` is {getattr(self, name)}, allowed with `--latents_dir`: leave it out, for it is"
                         " about images."
                     )
-        if not self.guidance_scale >= 1:
-            raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers from 1 on.")
+        if not 1 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: finite numbers from 1 on.")
 
 
 @dataclass(kw_only=True)

@@ -18,6 +18,7 @@ from softvq_hf.data.latents import LatentDataset, read_metadata
 from softvq_hf.training.checkpointing import load_checkpoint, save_checkpoint
 from softvq_hf.training.dataloader import resolve_max_train_steps, training_batches, write_unreadable_report
 from softvq_hf.training.distributed import averaged_model, backward, prepare_model
+from softvq_hf.training.generator import describe_tokenizer
 from softvq_hf.training.generator_arguments import GeneratorTrainingArguments
 from softvq_hf.training.hub import export_pipeline, pipeline_card, push_folder
 from softvq_hf.training.logging import MetricsLogger, mean_over_batches, step_statistics, write_run_record
@@ -54,6 +55,7 @@ def train_generator(
     *,
     model: torch.nn.Module,
     parameters: Iterable[torch.nn.Parameter] | list[dict[str, Any]],
+    vae: ModelMixin,
     train_dataset: ImageDataset | LatentDataset,
     train_dataloader: DataLoader,
     max_train_steps: int,
@@ -73,6 +75,7 @@ def train_generator(
             Called as `model(latents, class_labels, generators, *rest)`, gives "loss" and other scalars by name. Its
             `transformer` is averaged and saved.
         parameters: Those of `model`, or groups of them, as optimizers of torch take them.
+        vae (`ModelMixin`): The tokenizer of the latents. A checkpoint of another one is not resumed.
         train_dataset ([`ImageDataset`] or [`LatentDataset`]): What is trained on.
         train_dataloader (`DataLoader`): Its batches, with "class_labels" and "image_id".
         max_train_steps (`int`): From [`check_length`].
@@ -92,7 +95,7 @@ def train_generator(
     # 2. Averaged weights, and everything as it was at the checkpoint
     ema = build_ema(args, plain_transformer)
     state = TrainerState()
-    parts = {"ema": ema, "lr_schedulers": [lr_scheduler]}
+    parts = {"ema": ema, "lr_schedulers": [lr_scheduler], "tokenizer": describe_tokenizer(vae)}
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint, args, state, **parts)
     write_run_record(accelerator, args, state)

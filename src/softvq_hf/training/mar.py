@@ -1,45 +1,17 @@
 """What `training/train_mar.py` trains: a MAR with the loss of its masked tokens."""
 
-import math
-
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
 from softvq_hf.losses import token_diffusion_loss
 from softvq_hf.losses.draws import to_device
-from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.training.arguments import check_model_config
 from softvq_hf.training.generator import load_transformer
 from softvq_hf.training.generator_arguments import MARTrainingArguments
 from softvq_hf.training.masking import sample_patch_mask
 from softvq_hf.training.randomness import BatchGenerators
-
-
-def check_pretrained_latents(name_or_path: str, vae: AutoencoderSoftVQ) -> None:
-    """
-    Check that a pipeline to go on from was trained on latents that are normalised in the same way.
-
-    Args:
-        name_or_path (`str`): A folder or a Hub repository; one without a tokenizer passes.
-        vae ([`AutoencoderSoftVQ`]): The tokenizer of the latents to train on.
-
-    Raises:
-        ValueError: If the statistics of the two tokenizers differ.
-    """
-    try:
-        config = AutoencoderSoftVQ.load_config(name_or_path, subfolder="vae")
-    except OSError:
-        return
-    for name in ("shift_factor", "scaling_factor"):
-        before, now = config.get(name), vae.config[name]
-        if before is None or not math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-9):
-            raise ValueError(
-                f"`--pretrained_model_name_or_path` is {name_or_path!r}, whose tokenizer has the `{name}` {before},"
-                f" but the latents are of a tokenizer with {now}. Allowed: latents of the tokenizer it was trained"
-                " with."
-            )
 
 
 def build_mar(args: MARTrainingArguments, latent_shape: tuple[int, int], num_classes: int) -> MARTransformer1DModel:

@@ -1,4 +1,5 @@
-"""Masked patches for training a tokenizer's encoder, as MAETok does (arXiv 2502.03444, section 3)."""
+"""Masks: of patches, to train a tokenizer's encoder (MAETok, arXiv 2502.03444, section 3), and of latent tokens, which
+MAR learns to make (arXiv 2406.11838, section 3.3)."""
 
 import math
 
@@ -14,14 +15,14 @@ def sample_patch_mask(
     sample_generators: list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
-    Draw which patches the mask token replaces: one share for the batch, other patches for every image.
+    Draw which patches, or tokens, the mask token replaces: one share for the batch, others for every image.
 
     The share is normal with mean `max_ratio` and standard deviation 0.25, truncated to [`min_ratio`, `max_ratio`]; the
     number of masked patches is rounded up.
 
     Args:
         batch_size (`int`): Number of images B.
-        num_patches (`int`): Patches N of an image.
+        num_patches (`int`): Patches or tokens N of an image.
         min_ratio (`float`): Smallest share, in [0, `max_ratio`].
         max_ratio (`float`): Largest share, up to 1.
         generator (`torch.Generator`, *optional*):
