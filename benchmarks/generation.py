@@ -128,12 +128,12 @@ class GenerationBenchmarkArguments:
         default=None,
         metadata={"help": "By default bfloat16 where that is fast.", "choices": ["float32", "bfloat16"]},
     )
-    short: bool = field(default=False, metadata={"help": "Compiled, two blocks, ten steps, one batch, two rounds."})
+    short: bool = field(default=False, metadata={"help": "Two blocks, ten steps, one batch size, two rounds."})
 
     def __post_init__(self) -> None:
         if self.short:
             self.num_layers, self.measured_steps, self.batch_sizes, self.rounds = 2, 10, [4], 2
-            self.compile, self.num_mar_steps = True, 4
+            self.num_mar_steps = 4
             self.mar |= self.resolution == 256 and (self.tokens is None or 64 in self.tokens)
         self.compile |= self.freeze_weights
         self.tokens = list(TOKENIZERS[self.resolution]) if self.tokens is None else self.tokens
