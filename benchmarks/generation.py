@@ -7,13 +7,13 @@
 |---|---|
 | `sit_xl_32`, `sit_xl_64` | `SoftVQPipeline`, SiT-XL on the 32 or 64 tokens of a SoftVQ tokenizer |
 | `sit_xl_2d` | `SoftVQPipeline`, SiT-XL/2 on the latents of Stable Diffusion's `AutoencoderKL`: 256 or 1024 tokens |
-| `official_32`, `official_64` | the model of `sit_xl_*` in the official loop: see [`sample_in_full_batches`] |
+| `official_32`, `official_64` | the model of `sit_xl_*` in the official loop, see `official_loops.py` |
 | `per_sample_32`, `per_sample_64` | `sit_xl_*`, but the transformer computes its modulation for each sample and step |
 | `dit_xl_diffusers` | diffusers' `DiTPipeline`, DiT-XL/2 on 2-D latents, which guides at every step |
 | `eager_32`, `eager_64`, `eager_2d` | with `--compile`: `sit_xl_*` as they are without `enable_fast_sampling` |
 | `mar_b_64` | with `--mar`: `MARPipeline`, MAR-B on 64 tokens, `--num_mar_steps` steps, each with a chain of 100 |
 | `eager_mar_b_64` | with `--mar` and `--compile`: `mar_b_64` as it is without `enable_fast_sampling` |
-| `official_mar_b_64` | with `--mar`: the model of `mar_b_64` in the official loop, see [`sample_mar_in_full`] |
+| `official_mar_b_64` | with `--mar`: the model of `mar_b_64` in the official loop, likewise |
 | `sit_b_64` | with `--mar`: `SoftVQPipeline`, SiT-B on 64 tokens |
 
 Weights are random, shapes are real, noise is the same. Systems that compute the same must give the same latents before
@@ -49,6 +49,7 @@ from diffusers import (
     ModelMixin,
     SchedulerMixin,
 )
+from official_loops import GUIDANCE_INTERVAL, sample_in_full_batches, sample_mar_in_full
 from side_by_side import (
     Contestant,
     Spread,
@@ -87,7 +88,6 @@ AUTOENCODER_KL = {
     "latent_channels": 4,
     "scaling_factor": 0.18215,
 }
-GUIDANCE_INTERVAL = (0.0, 0.7)
 # Largest difference of latents that should be equal, as a share of the largest entry.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 # The chain of MAR's tokens multiplies rounding errors.
@@ -114,10 +114,7 @@ class GenerationBenchmarkArguments:
     rounds: int = field(default=3, metadata={"help": "Timed calls of each."})
     matmul_size: int = field(default=4096, metadata={"help": "Side of the matrices whose product is the peak."})
     num_layers: int = field(default=28, metadata={"help": "Blocks of every transformer."})
-    compile: bool = field(
-        default=False,
-        metadata={"help": "`enable_fast_sampling` for ours, but for `eager_*`."},
-    )
+    compile: bool = field(default=False, metadata={"help": "`enable_fast_sampling` for ours, but for `eager_*`."})
     freeze_weights: bool = field(default=False, metadata={"help": "The same with `freeze_weights`, for CPUs."})
     skip: list[str] = field(
         default_factory=list,
@@ -142,13 +139,11 @@ class GenerationBenchmarkArguments:
                 f"`--tokens` is {self.tokens}, allowed at `--resolution` {self.resolution}:"
                 f" {list(TOKENIZERS[self.resolution])}."
             )
-        for name in ("num_layers", "rounds", "matmul_size", "num_mar_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise ValueError(f"`--num_inference_steps` is {self.num_inference_steps}, allowed: integers from 1 on.")
         if self.num_inference_steps is None:
             self.num_inference_steps = {"ode": 50, "sde": 250}[self.sampler]
+        for name in ("num_inference_steps", "num_layers", "rounds", "matmul_size", "num_mar_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
         if self.measured_steps is None:
             self.measured_steps = self.num_inference_steps
         elif self.short:
@@ -250,43 +245,6 @@ def in_pipeline(
     ).images
 
 
-@torch.no_grad()
-def sample_in_full_batches(
-    pipeline: SoftVQPipeline,
-    guidance_scale: float,
-    labels: list[int],
-    num_inference_steps: int,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """
-    Latents by the official loop of SoftVQ-VAE: the script gives noise and labels to the sampler twice, the second time
-    with the null class, and the sampler doubles guided batches again; half of the result is thrown away. The state is
-    float64, the transformer computes the modulation of each sample.
-    """
-    device, scheduler, transformer = pipeline.device, pipeline.scheduler, pipeline.transformer
-    null_class = transformer.config.num_classes
-    times = pipeline.prepare_timesteps(num_inference_steps, torch.device("cpu"))
-    noise = torch.randn(len(labels), *pipeline.latent_shape, generator=generator, device=device)
-    latents = torch.cat([noise, noise]).double()
-    labels = torch.tensor(labels + [null_class] * len(labels), device=device)
-    null_labels = torch.full_like(labels, null_class)
-    low, high = GUIDANCE_INTERVAL
-    for t, time in zip(scheduler.timesteps, times, strict=True):
-        guided = low <= time <= high
-        model_input = torch.cat([latents, latents]) if guided else latents
-        velocity = transformer(
-            model_input.to(transformer.dtype),
-            timestep=t.to(device=device, dtype=torch.float32).expand(len(model_input)),
-            class_labels=torch.cat([labels, null_labels]) if guided else labels,
-            return_dict=False,
-        )[0].double()
-        if guided:
-            conditional, unconditional = velocity.chunk(2)
-            velocity = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(velocity, t, latents, return_dict=False)[0].double()
-    return latents[: len(noise)].float()
-
-
 def in_mar_pipeline(
     pipeline: MARPipeline,
     guidance_scale: float,
@@ -305,64 +263,6 @@ def in_mar_pipeline(
         output_type="latent",
         **draws,
     ).images
-
-
-@torch.no_grad()
-def sample_mar_in_full(
-    pipeline: MARPipeline,
-    guidance_scale: float,
-    num_mar_steps: int,
-    labels: list[int],
-    num_inference_steps: int,
-    generator: torch.Generator,
-    orders: torch.Tensor | None = None,
-    token_noise: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Latents by the official loop of MAR: the decoder gives conditions for all positions, of which those of the step are
-    taken; the chain of tokens computes what it makes of times and conditions for each row in each of its steps, and
-    draws noise for both halves of the guided batch.
-    """
-    transformer, scheduler, device = pipeline.transformer, pipeline.scheduler, pipeline.device
-    num_tokens, channels = transformer.num_tokens, transformer.token_channels
-    if orders is None:
-        orders = torch.rand(len(labels), num_tokens, generator=generator, device=device).argsort(dim=1)
-    null_labels = [transformer.config.num_classes] * len(labels)
-    class_labels = torch.tensor(labels + null_labels, device=device)
-    scheduler.set_timesteps(100)
-    latents = torch.zeros(len(labels), num_tokens, channels, device=device)
-    num_unknown = num_tokens
-    for remaining, scale in pipeline.plan_steps(num_mar_steps, guidance_scale, "linear"):
-        visible = orders[:, num_unknown:].sort(dim=1).values
-        predicted = orders[:, remaining:num_unknown].sort(dim=1).values
-        conditions = transformer(
-            latents.repeat(2, 1, 1).to(transformer.dtype), class_labels, visible_positions=visible.repeat(2, 1)
-        ).conditions
-        index = predicted.repeat(2, 1)[:, :, None]
-        conditions = conditions.gather(1, index.expand(-1, -1, conditions.shape[-1])).flatten(0, 1)
-
-        index = predicted[:, :, None].expand(-1, -1, channels)
-        if token_noise is None:
-            noise = torch.randn(101, 2 * len(labels), predicted.shape[1], channels, generator=generator, device=device)
-        else:
-            noise = token_noise.gather(2, index.expand(101, -1, -1, -1)).repeat(1, 2, 1, 1)
-        noise = noise.flatten(1, 2)
-        tokens = noise[0]
-        for i, timestep in enumerate(scheduler.timesteps.tolist()):
-            half = tokens.chunk(2)[0]
-            rows = torch.full((len(tokens),), timestep, device=device)
-            conditioning = transformer.embed_timesteps(rows) + transformer.embed_conditions(conditions)
-            prediction = transformer.denoise(
-                torch.cat([half, half]).to(transformer.dtype), conditioning=conditioning
-            ).float()
-            predicted_noise, variance = prediction.chunk(2, dim=1)
-            conditional, unconditional = predicted_noise.chunk(2)
-            guided = unconditional + scale * (conditional - unconditional)
-            prediction = torch.cat([torch.cat([guided, guided]), variance], dim=1)
-            tokens = scheduler.step(prediction, timestep, tokens, variance_noise=noise[i + 1], return_dict=False)[0]
-        latents = latents.scatter(1, index, tokens.chunk(2)[0].unflatten(0, (len(labels), -1)))
-        num_unknown = remaining
-    return latents
 
 
 def in_dit_pipeline(
@@ -680,7 +580,7 @@ def main(args: GenerationBenchmarkArguments) -> None:
         batch_size = best.partition("@")[2]
         memory = memory_bytes(name, batch_size)
         official = name.replace("sit_xl", "official")
-        official_memory = memory_bytes(official, batch_size) if name != official in systems else None
+        official_memory = memory_bytes(official, batch_size) if name != official and official in systems else None
         models = system.pipeline.transformer, system.pipeline.vae
         measurements[name] = {
             "images_per_second": {key: asdict(whole.rate(key)) for key in whole.seconds if key.startswith(name)},

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def load(monkeypatch):
     """Imports a script by its name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("side_by_side", "generation", "scaling", "check_ratios")
+    names = ("side_by_side", "official_loops", "generation", "scaling", "check_ratios")
     yield importlib.import_module
     for name in names:
         sys.modules.pop(name, None)
