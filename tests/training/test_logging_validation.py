@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def tracked(report_to: str, output_dir: Path, step: int, last_step: int) -> None
 
 def test_tensorboard_goes_on_with_its_curves(accelerator_states, tmp_path):
     tracked("tensorboard", tmp_path, step=0, last_step=4)
+    time.sleep(1)  # TensorBoard sorts the files of a process by their second, then as text ("10" before "9")
     tracked("tensorboard", tmp_path, step=2, last_step=5)  # interrupted at 4, resumed from a checkpoint at 2
     events = EventAccumulator(str(tmp_path / "logs" / "tiny"), size_guidance={"images": 0}).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
