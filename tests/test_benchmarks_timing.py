@@ -327,3 +327,9 @@ def test_ratios_are_stored_and_compared(load, tmp_path, monkeypatch, capsys):
     (tmp_path / "ratios.json").write_text(json.dumps(stored))
     assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments)) == 1
     assert "data: fast has fallen from 6 to 4" in capsys.readouterr().err
+
+    (tmp_path / "tokenizer.py").write_text("import sys; sys.exit(3)")
+    arguments["scripts"] = ["tokenizer", "data"]
+    assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments, update=True)) == 1
+    assert "tokenizer ended with exit status 3." in capsys.readouterr().err
+    assert json.loads((tmp_path / "ratios.json").read_text()) == {dtype: {"data": {"fast": 4.0}} for dtype in stored}
