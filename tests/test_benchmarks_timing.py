@@ -314,7 +314,8 @@ def test_ratios_are_stored_and_compared(load, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check_ratios, "FOLDER", tmp_path)
     ratio = {"median": 4.0, "min": 3.9, "max": 4.1}
     script = "import json, sys; folder = sys.argv[sys.argv.index('--output_dir') + 1]\n"
-    script += f"json.dump({{'ratios': {{'fast': {ratio}}}}}, open(folder + '/data.json', 'w'))\n"
+    ratios = {"fast": ratio, "fast.peak_share": ratio}  # shares of the peak are not compared
+    script += f"json.dump({{'ratios': {ratios}}}, open(folder + '/data.json', 'w'))\n"
     (tmp_path / "data.py").write_text(script)
     arguments = {"output_dir": str(tmp_path), "scripts": ["data"]}
 
