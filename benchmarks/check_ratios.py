@@ -3,10 +3,10 @@
     make bench                                     # or: python benchmarks/check_ratios.py
     python benchmarks/check_ratios.py --update     # store what was measured
 
-Ratios of two systems are stored, not seconds or shares of a peak, by kind of device and dtype, since machines differ
-less in them. The exit status is 1 if one has fallen by more than `--tolerance`, so that even its largest value over
-the rounds is below the stored median times 1 - tolerance; if one that stood above 1 by 5 % or more does not reach 1 in
-any round, for then what was made fast is so no longer; if nothing is stored to compare with; or if a script fails.
+Ratios are stored, not seconds or shares of a peak, by kind of device and dtype, since machines differ less in them.
+The exit status is 1 if one has fallen by more than `--tolerance`, so that even its largest value over the rounds is
+below the stored median times 1 - tolerance; if one that stood above 1 by 5 % or more does not reach 1 in any round,
+for then what was made fast is so no longer; if nothing is stored to compare with; or if a script fails.
 """
 
 import json
@@ -82,17 +82,15 @@ def main(args: CheckRatiosArguments) -> int:
             all_faults.append(f"{script} ended with exit status {exit_status}.")
             continue
         report = json.loads((Path(args.output_dir) / f"{script}.json").read_text(encoding="utf-8"))
-        # the share of the matmul peak compares calls of two kinds, which a busy machine slows by different amounts
-        ratios = {name: ratio for name, ratio in report["ratios"].items() if not name.endswith(".peak_share")}
         if args.update:
-            medians = {name: round(ratio["median"], 3) for name, ratio in ratios.items()}
+            medians = {name: round(ratio["median"], 3) for name, ratio in report["ratios"].items()}
             stored.setdefault(kind, {})[script] = medians
         before = stored.get(kind, {}).get(script)
         if before is None:
             all_faults.append(f"{script}: no ratios are stored for {kind!r}. `--update` stores those of now.")
             faults = []
         else:
-            rows, faults = compare(ratios, before, args.tolerance)
+            rows, faults = compare(report["ratios"], before, args.tolerance)
             all_rows += [[script, *row] for row in rows]
         all_faults += [f"{script}: {fault}" for fault in faults]
     print(markdown_table(["script", "ratio", "measured", f"stored for {kind}"], all_rows))

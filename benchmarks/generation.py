@@ -23,7 +23,7 @@ scaled by the number of samples that pass the transformer. MAR is timed as a who
 by itself and added; systems with the same decoder share its time.
 
 `--output_dir` gets `generation.json` and `generation.md`. Ratios are images per second with decoding, or without it
-(`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`). `.peak_share` is
+(`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`). `peak_share` is
 what the transformer multiplies and adds per second of latents, the modulation left out, over those of a product of two
 square matrices. Memory is that of weights and a call; the table has that of the official loop at the same batch beside
 it. Weights that a compiler keeps once more are in neither.
@@ -521,16 +521,15 @@ def ratios_by_batch(
 def peak_shares(
     args: GenerationBenchmarkArguments, systems: dict[str, System], whole: Timings, timings: Timings
 ) -> dict[str, Spread]:
-    """`.peak_share` of every `sit_*`, at the batch at which it makes most latents per second."""
+    """Share of the matmul peak of every `sit_*`, by name, at the batch at which it makes most latents per second."""
     shares = {}
     for name, system in systems.items():
         if name.startswith("sit_"):
             best = best_batch(f"{name}.latents", whole)
             flops = whole.items[best] * num_samples(system, args.num_inference_steps) * flops_of_sample(system)
             seconds = {name: whole.seconds[best], "matmul": timings.seconds["matmul"]}
-            shares[f"{name}.peak_share"] = Timings({name: flops, "matmul": timings.items["matmul"]}, seconds).ratio(
-                name, "matmul"
-            )
+            rates = Timings({name: flops, "matmul": timings.items["matmul"]}, seconds)
+            shares[name] = rates.ratio(name, "matmul")
     return shares
 
 
@@ -564,7 +563,7 @@ def main(args: GenerationBenchmarkArguments) -> None:
     contestants["matmul"] = square_product(args.matmul_size, device, getattr(torch, args.dtype))
     timings = time_in_turn(contestants, args.rounds, device)
     whole = scale_to_protocol(args, systems, timings)
-    ratios = compare(args, systems, whole) | peak_shares(args, systems, whole, timings)
+    ratios, shares = compare(args, systems, whole), peak_shares(args, systems, whole, timings)
 
     def memory_bytes(name: str, batch_size: str) -> int:
         pipeline = systems[name].pipeline
@@ -585,6 +584,7 @@ def main(args: GenerationBenchmarkArguments) -> None:
         measurements[name] = {
             "images_per_second": {key: asdict(whole.rate(key)) for key in whole.seconds if key.startswith(name)},
             "best_batch_size": int(batch_size),
+            "peak_share": asdict(shares[name]) if name in shares else None,
             "memory_bytes": memory,
             "official_memory_bytes": official_memory,
             "weights_bytes": weights_bytes(*models),
@@ -600,7 +600,7 @@ def main(args: GenerationBenchmarkArguments) -> None:
                 whole.rate(best),
                 f"{memory / 2**30:.2f}",
                 "" if official_memory is None else f"{official_memory / 2**30:.2f}",
-                ratios.get(f"{name}.peak_share", ""),
+                shares.get(name, ""),
             ]
         )
     header = ["system", "M parameters", "samples through the transformer", "best batch", "images/s", "memory, GiB"]

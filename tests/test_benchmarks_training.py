@@ -79,19 +79,15 @@ def test_every_update_is_timed_and_compared(tiny_recipes, tmp_path):
         training_benchmark.main(arguments(tmp_path))
     record = json.loads((tmp_path / "out/training.json").read_text())
     kinds = ["reconstruction", "perceptual", "adversarial", "alignment", "all"]
-    expected = {f"softvq.{kind}.peak_share" for kind in kinds}
-    expected |= {f"softvq.{kind}.vs_reconstruction" for kind in kinds[1:]}
-    assert record["ratios"].keys() == expected | {
-        "sit.eager.peak_share",
-        "sit.compile.peak_share",
-        "sit.compile.vs_eager",
-    }
+    expected = {f"softvq.{kind}.vs_reconstruction" for kind in kinds[1:]}
+    assert record["ratios"].keys() == expected | {"sit.compile.vs_eager"}
     updates = record["measurements"]["softvq"]
     for kind in kinds:
         seconds = updates[kind]["seconds"]
         assert updates[kind]["images_per_second"]["max"] == pytest.approx(2 / min(seconds))
         flops = 2e9 * updates[kind]["gflops_per_image"]
         assert updates[kind]["flops_per_second"]["max"] == pytest.approx(flops / min(seconds))
+        assert 0 < updates[kind]["peak_share"]["min"] <= updates[kind]["peak_share"]["max"]
     gflops = {kind: updates[kind]["gflops_per_image"] for kind in kinds}
     parts = sum(gflops[kind] - gflops["reconstruction"] for kind in kinds[1:4])
     assert gflops["all"] == pytest.approx(gflops["reconstruction"] + parts)
