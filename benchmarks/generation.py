@@ -70,7 +70,7 @@ from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.pipelines.pipeline_mar import MARPipeline
-from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+from softvq_hf.pipelines.pipeline_softvq import COMPILE_MODES, SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from softvq_hf.training.arguments import check_output_dir, parse_args
 from softvq_hf.training.generator import build_token_scheduler
@@ -115,6 +115,13 @@ class GenerationBenchmarkArguments:
     matmul_size: int = field(default=4096, metadata={"help": "Side of the matrices whose product is the peak."})
     num_layers: int = field(default=28, metadata={"help": "Blocks of every transformer."})
     compile: bool = field(default=False, metadata={"help": "`enable_fast_sampling` for ours, but for `eager_*`."})
+    compile_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "With `--compile`: its mode; those with CUDA graphs are for SiT, MAR is compiled without.",
+            "choices": [mode for mode in COMPILE_MODES if mode is not None],
+        },
+    )
     freeze_weights: bool = field(default=False, metadata={"help": "The same with `freeze_weights`, for CPUs."})
     skip: list[str] = field(
         default_factory=list,
@@ -133,6 +140,12 @@ class GenerationBenchmarkArguments:
             self.num_mar_steps = 4
             self.mar |= self.resolution == 256 and (self.tokens is None or 64 in self.tokens)
         self.compile |= self.freeze_weights
+        if self.compile_mode is not None and not self.compile:
+            raise ValueError(f"`--compile_mode` is {self.compile_mode}, allowed: with `--compile`.")
+        if self.freeze_weights and COMPILE_MODES[self.compile_mode] != self.compile_mode:
+            raise ValueError(
+                f"`--compile_mode` is {self.compile_mode}, allowed with `--freeze_weights`: those without CUDA graphs."
+            )
         self.tokens = list(TOKENIZERS[self.resolution]) if self.tokens is None else self.tokens
         if not self.tokens or not set(self.tokens) <= set(TOKENIZERS[self.resolution]):
             raise ValueError(
@@ -359,7 +372,8 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
     for name, system in systems.items():
         system.pipeline.set_progress_bar_config(disable=True)
         if args.compile and name.startswith(("sit_", "per_sample", "mar_")):
-            system.pipeline.enable_fast_sampling(freeze_weights=args.freeze_weights)
+            mode = COMPILE_MODES[args.compile_mode] if name.startswith("mar_") else args.compile_mode
+            system.pipeline.enable_fast_sampling(mode, args.freeze_weights)
     return {name: system for name, system in systems.items() if name not in args.skip}
 
 

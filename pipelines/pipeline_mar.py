@@ -353,8 +353,8 @@ class MARPipeline(DiffusionPipeline):
         Args:
             mode (`str`, *optional*):
                 As in `torch.compile`: `"default"`, or `"max-autotune-no-cudagraphs"`, which searches for faster
-                kernels on GPUs. Modes with CUDA graphs are refused: the graph of a block would overwrite what the
-                block before has left.
+                kernels on GPUs. Modes with CUDA graphs are refused: the steps have different numbers of tokens, and
+                each number would be a graph.
             freeze_weights (`bool`, *optional*, defaults to `False`):
                 Whether the denoiser is compiled as a whole with its weights of now, in the order in which the
                 processor multiplies them: for CPUs. Where weights change in place afterwards (`load_state_dict`, a
@@ -369,6 +369,8 @@ class MARPipeline(DiffusionPipeline):
             raise ValueError(f"`mode` is {mode!r}, allowed: {', '.join(map(repr, COMPILE_MODES))}.")
         if freeze_weights or self._freeze_weights:
             torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
+        for module in (*self.transformer.modules(), *self.vae.modules()):
+            module._compiled_call_impl = None  # of an earlier call
         if freeze_weights:
             for block in (*self.transformer.encoder_blocks, *self.transformer.decoder_blocks):
                 block.compile(mode=mode)

@@ -46,7 +46,15 @@ except ModuleNotFoundError:
 
 logger = logging.get_logger(__name__)
 
-COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
+# Modes of torch.compile, and what each is for single blocks: the CUDA graph of one would overwrite what the one before
+# has left, so that a graph holds the transformer as a whole.
+COMPILE_MODES = {
+    None: None,
+    "default": "default",
+    "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs",
+    "reduce-overhead": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",
+}
 # Pairs of time and class whose modulation is computed at once: 393 kB each for SiT-XL in bfloat16.
 MODULATION_ROWS = 64
 
@@ -263,9 +271,10 @@ class SoftVQPipeline(DiffusionPipeline):
 
         Args:
             mode (`str`, *optional*):
-                As in `torch.compile`: `"default"`, or `"max-autotune-no-cudagraphs"`, which searches for faster
-                kernels on GPUs. Modes with CUDA graphs are refused: the graph of a block would overwrite what the
-                block before has left.
+                As in `torch.compile`: `"default"`, `"max-autotune-no-cudagraphs"`, which searches for faster kernels
+                on GPUs, or `"reduce-overhead"` and `"max-autotune"`, with CUDA graphs. The transformer is then
+                compiled as a whole, and a GPU runs each call without waiting for the processor to start its kernels:
+                for few images at a time. A graph and its memory are kept for each batch size.
             freeze_weights (`bool`, *optional*, defaults to `False`):
                 Whether the transformer is compiled as a whole with its weights of now, in the order in which the
                 processor multiplies them: for CPUs. Where weights change in place afterwards (`load_state_dict`, a
@@ -276,18 +285,27 @@ class SoftVQPipeline(DiffusionPipeline):
                 further ones as they are, with a warning.
 
         Raises:
-            ValueError: If `mode` is not allowed.
+            ValueError: If `mode` is not allowed, or one with CUDA graphs and `freeze_weights` is true.
         """
         if mode not in COMPILE_MODES:
             raise ValueError(f"`mode` is {mode!r}, allowed: {', '.join(map(repr, COMPILE_MODES))}.")
+        has_graphs = COMPILE_MODES[mode] != mode
+        if has_graphs and freeze_weights:
+            without = [name for name, of_blocks in COMPILE_MODES.items() if name == of_blocks]
+            raise ValueError(
+                f"`mode` is {mode!r}, allowed with `freeze_weights`, which is for CPUs: "
+                f"{', '.join(map(repr, without))}."
+            )
         if freeze_weights or self._freeze_weights:
             torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
-        if freeze_weights:
+        for module in (*self.transformer.modules(), *self.vae.modules()):
+            module._compiled_call_impl = None  # of an earlier call
+        if freeze_weights or has_graphs:
             self.transformer.compile(mode=mode)
         else:
             self.transformer.compile_repeated_blocks(mode=mode)
         if getattr(self.vae, "_repeated_blocks", None):
-            self.vae.compile_repeated_blocks(mode=mode)
+            self.vae.compile_repeated_blocks(mode=COMPILE_MODES[mode])
         self.vae.to(memory_format=torch.channels_last)
         self._freeze_weights = freeze_weights
 
@@ -665,7 +683,8 @@ class SoftVQPipeline(DiffusionPipeline):
                 class_labels=class_labels,
                 return_dict=False,
                 **model_kwargs,
-            )[0].float()
+            )[0]
+        prediction = prediction.to(torch.float32, copy=True)  # the next call of a CUDA graph overwrites what it gave
         if not guided:
             return prediction
 

@@ -215,6 +215,19 @@ def test_all_systems_have_their_real_shapes(generation, tmp_path):
     assert systems["mar_b_64"].pipeline.transformer.num_parameters() == 207_543_872
 
 
+@pytest.mark.parametrize(("resolution", "expected"), [(256, 0.012), (512, 0.16)])
+def test_operations_of_decoding_beside_sampling(generation, tmp_path, resolution, expected):
+    """64 tokens; 50 steps of the ODE take 85 samples through the transformer."""
+    arguments = generation.GenerationBenchmarkArguments(
+        output_dir=str(tmp_path), resolution=resolution, tokens=[64], device="meta", dtype="bfloat16"
+    )
+    system = generation.build_systems(arguments)["sit_xl_64"]
+    with generation.FlopCounterMode(display=False) as counter:
+        system.decode(1)
+    sampling = 85 * generation.flops_of_sample(system)
+    assert counter.get_total_flops() / sampling == pytest.approx(expected, rel=0.05)
+
+
 def test_a_whole_run(generation, systems, arguments, monkeypatch):
     """`main` on tiny models: every ratio, the share of the peak, memory, and the report."""
     monkeypatch.setattr(generation, "build_systems", lambda _: systems | {"sit_xl_2d": systems["sit_xl_64"]})
@@ -249,6 +262,11 @@ def test_a_whole_run(generation, systems, arguments, monkeypatch):
         ({"skip": ["sit_xl_64"]}, r"`--skip` is \['sit_xl_64'\], allowed: some of"),
         ({"num_mar_steps": 0}, "`--num_mar_steps` is 0, allowed: integers from 1 on"),
         ({"mar": True, "tokens": [32]}, "`--mar` is true, allowed: with `--resolution` 256 and 64 in `--tokens`"),
+        ({"compile_mode": "reduce-overhead"}, "`--compile_mode` is reduce-overhead, allowed: with `--compile`"),
+        (
+            {"compile_mode": "max-autotune", "freeze_weights": True},
+            "`--compile_mode` is max-autotune, allowed with `--freeze_weights`: those without CUDA graphs",
+        ),
         ({"max_batch_tokens": 255}, "`--max_batch_tokens` is 255, allowed: 256 or more"),
     ],
 )

@@ -9,6 +9,7 @@ from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
 )
 
 from softvq_hf.conversion import convert_checkpoint
@@ -219,12 +220,49 @@ def test_fast_sampling_in_bfloat16(tiny_pipeline, freeze_weights):
     assert (result - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "fast"])
-def test_modes_with_cuda_graphs_are_refused(tiny_pipeline, mode):
-    with pytest.raises(
-        ValueError, match=f"`mode` is '{mode}', allowed: None, 'default', 'max-autotune-no-cudagraphs'"
-    ):
-        tiny_pipeline().enable_fast_sampling(mode=mode)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_with_cuda_graphs_compile_the_transformer_as_a_whole(tiny_pipeline, mode):
+    """On a CPU the compiler leaves the graphs out."""
+    latents = torch.randn(2, 10, 6)
+    expected = tiny_pipeline()([0, 1], latents=latents, **ARGUMENTS | {"output_type": "pt"}).images
+    pipeline = tiny_pipeline()
+    pipeline.enable_fast_sampling(mode=mode)
+    assert pipeline.transformer._compiled_call_impl is not None
+    assert not any(block._compiled_call_impl for block in pipeline.transformer.transformer_blocks)
+    images = pipeline([0, 1], latents=latents, **ARGUMENTS | {"output_type": "pt"}).images
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+def test_what_the_transformer_gave_may_be_overwritten_by_its_next_call(tiny_pipeline):
+    """As a CUDA graph does; PNDM keeps predictions, and in float32 a cast would not copy them."""
+    latents = torch.randn(2, 10, 6)
+    expected_pipeline = tiny_pipeline(PNDMScheduler(skip_prk_steps=True), timestep_scale=1.0)
+    expected = expected_pipeline([0, 1], latents=latents, output_type="latent").images
+    pipeline = tiny_pipeline(PNDMScheduler(skip_prk_steps=True), timestep_scale=1.0)
+    memory = torch.empty(2, 10, 6)
+    pipeline.transformer.register_forward_hook(lambda module, inputs, output: (memory.copy_(output[0]),))
+    result = pipeline([0, 1], latents=latents, output_type="latent").images
+    assert (expected - latents).abs().max() > 0.1
+    assert torch.equal(result, expected)
+
+
+def test_fast_sampling_again_replaces_what_was_compiled(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    pipeline.enable_fast_sampling(mode="reduce-overhead")
+    pipeline.enable_fast_sampling()
+    assert pipeline.transformer._compiled_call_impl is None
+    assert all(block._compiled_call_impl is not None for block in pipeline.transformer.transformer_blocks)
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    assert pipeline.transformer._compiled_call_impl is not None
+    assert not any(block._compiled_call_impl for block in pipeline.transformer.transformer_blocks)
+
+
+def test_modes_that_are_not_allowed(tiny_pipeline):
+    with pytest.raises(ValueError, match="`mode` is 'fast', allowed: None, 'default', 'max-autotune-no-cudagraphs'"):
+        tiny_pipeline().enable_fast_sampling(mode="fast")
+    with pytest.raises(ValueError, match="'reduce-overhead', allowed with `freeze_weights`, .*: None, 'default', "):
+        tiny_pipeline().enable_fast_sampling(mode="reduce-overhead", freeze_weights=True)
 
 
 def test_an_interrupted_call_computes_nothing_more(tiny_pipeline):
