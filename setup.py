@@ -69,7 +69,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    keywords=["image tokenizer", "autoencoder", "diffusion", "flow matching", "diffusers", "SoftVQ-VAE", "SiT", "DiT"],
+    keywords=[
+        "image tokenizer",
+        "autoencoder",
+        "diffusion",
+        "flow matching",
+        "diffusers",
+        "SoftVQ-VAE",
+        "SiT",
+        "DiT",
+        "MAR",
+    ],
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

@@ -312,19 +312,26 @@ class MARPipeline(DiffusionPipeline):
 
     # Copied from softvq_hf.pipelines.pipeline_softvq.SoftVQPipeline with SoftVQPipeline->MARPipeline
     def prepare_class_labels(self, class_labels: Any) -> list[int]:
-        """Class ids from ids, names, a tensor, an array, or (nested) lists of ids and names."""
+        """Class ids from ids, names, `None` (the null class), a tensor, an array, or (nested) lists of them."""
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.reshape(-1).tolist()
         if isinstance(class_labels, (list, tuple)):
             return [class_id for label in class_labels for class_id in self.prepare_class_labels(label)]
         if isinstance(class_labels, str):
             return self.prepare_class_labels(self.get_label_ids(class_labels))
+        num_classes = self.transformer.config.num_classes
+        if class_labels is None:
+            if self.transformer.config.class_dropout_prob == 0:
+                raise ValueError(
+                    "`class_labels` holds None, allowed: class ids and class names, for this transformer was trained "
+                    "without label dropout (`class_dropout_prob` is 0) and so has no null class."
+                )
+            return [num_classes]
         if isinstance(class_labels, bool) or not isinstance(class_labels, (int, np.integer)):
             raise TypeError(
                 f"`class_labels` holds {class_labels!r} of type {type(class_labels).__name__}, allowed: integer class "
-                "ids and class names."
+                "ids, class names and None."
             )
-        num_classes = self.transformer.config.num_classes
         if not 0 <= class_labels < num_classes:
             raise ValueError(f"`class_labels` holds the id {class_labels}, allowed: 0 to {num_classes - 1}.")
         return [int(class_labels)]
@@ -592,7 +599,7 @@ class MARPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        class_labels: int | str | Sequence[int | str | None] | torch.Tensor | None,
         guidance_scale: float = 1.0,
         guidance_schedule: str = "linear",
         num_inference_steps: int = 64,
@@ -613,9 +620,10 @@ class MARPipeline(DiffusionPipeline):
         Generate one image for each class label.
 
         Args:
-            class_labels (`int`, `str`, a sequence of them, or `torch.Tensor`):
+            class_labels (`int`, `str`, `None`, a sequence of them, or `torch.Tensor`):
                 Class ids from 0 to `transformer.config.num_classes - 1`, or names from `id2label` (whole, or one of
-                the synonyms in it). Their number is the batch size.
+                the synonyms in it). `None` stands for the null class: an image of any class. Their number is the batch
+                size.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 Scale w of classifier-free guidance, null + w (conditional - null), from 0 on. Values up to 1 turn
                 guidance off.

@@ -1,5 +1,7 @@
 """Official MAR checkpoints: their numbers, training files, and what must not convert."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 
@@ -104,6 +106,58 @@ def test_published_sizes(config, num_parameters):
     assert {name: weight.shape for name, weight in converted.state_dict().items()} == {
         name: weight.shape for name, weight in own.items()
     }
+
+
+def test_encoder_and_decoder_of_their_own_sizes():
+    """Patches of 2 x 2, other widths, heads and depths in each half; the official script has a namespace."""
+    config = {
+        "img_size": 32,
+        "vae_stride": 4,
+        "patch_size": 2,
+        "vae_embed_dim": 3,
+        "buffer_size": 5,
+        "diffloss_d": 2,
+        "diffloss_w": 20,
+        "encoder_embed_dim": 24,
+        "encoder_depth": 2,
+        "encoder_num_heads": 3,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 3,
+        "decoder_num_heads": 2,
+        "mlp_ratio": 2.5,
+        "class_num": 4,
+    }
+    torch.manual_seed(0)
+    expected = MARTransformer1DModel(
+        in_channels=3,
+        buffer_size=5,
+        encoder_hidden_size=24,
+        encoder_num_layers=2,
+        encoder_num_attention_heads=3,
+        decoder_hidden_size=32,
+        decoder_num_layers=3,
+        decoder_num_attention_heads=2,
+        mlp_ratio=2.5,
+        denoiser_hidden_size=20,
+        denoiser_num_layers=2,
+        num_classes=4,
+        patch_size=2,
+        sample_size=8,
+    ).eval()
+    own = expected.state_dict()
+    official = {key: torch.cat([own[name] for name in names]) for key, names in _key_map(expected).items()}
+    official["fake_latent"] = official["class_emb.weight"][-1:]
+    official["class_emb.weight"] = official["class_emb.weight"][:-1]
+    with pytest.raises(TypeError, match="`config` is a Namespace, allowed: a mapping"):
+        convert_checkpoint("mar", official, Namespace(**config))
+    converted = convert_checkpoint("mar", official, vars(Namespace(**config)))
+    inputs = torch.randn(2, 16, 12), torch.tensor([1, 4]), torch.tensor([[0, 3], [15, 7]])
+    with torch.no_grad():
+        conditions = expected(*inputs).conditions
+        assert torch.equal(converted(*inputs).conditions, conditions)
+        tokens, timesteps = torch.randn(16, 12), torch.arange(16)
+        denoised = expected.denoise(tokens, timesteps, conditions[0])
+        assert torch.equal(converted.denoise(tokens, timesteps, conditions[0]), denoised)
 
 
 def test_names_of_the_official_scripts():

@@ -280,6 +280,13 @@ def test_official_gradients_reach_the_transformer(golden):
     torch.testing.assert_close(norm, tensors["output.train.grad_norm"], atol=1e-5, rtol=1e-5)
 
 
+def test_no_tokens(official_denoiser):
+    model, tensors, _ = official_denoiser
+    nothing = (tensors[name][:0] for name in ("input.x", "input.c", "input.t", "input.x"))
+    with pytest.raises(ValueError, match="`timesteps` is empty, allowed: at least one sample"):
+        token_diffusion_loss(model, ddpm_scheduler(**COSINE), *nothing)
+
+
 def test_one_condition_for_each_token(official_denoiser):
     model, tensors, _ = official_denoiser
     with pytest.raises(ValueError, match="`conditions` holds 5 rows, allowed: 12, one for each token"):

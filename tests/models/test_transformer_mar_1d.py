@@ -319,6 +319,18 @@ def test_dropout_in_train_mode_only():
         assert not torch.equal(conditions(model, **inputs), conditions(model, **inputs))
 
 
+def test_dropout_follows_the_attention_and_each_layer_of_the_mlp():
+    """Where all is dropped, nothing is added to the tokens: neither by a bias nor by the layer before it."""
+    block = build(dropout=1.0).encoder_blocks[0].train()
+    tokens = torch.randn(2, 5, 24)
+    assert torch.equal(block(tokens), tokens)
+    assert not torch.equal(block.eval()(tokens), tokens)
+    seen = []
+    block.train().ff.net[2].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    block(tokens)
+    assert not seen[0].any()
+
+
 # As a model of diffusers
 
 
@@ -439,7 +451,14 @@ def test_bfloat16_autocast_gives_finite_gradients():
         ({"class_labels": torch.zeros(2).long()}, ValueError, r"`class_labels` must have the shape \(batch_size,\)"),
         ({"class_labels": torch.tensor([0, 5, 1])}, ValueError, r"`class_labels` must lie in 0..4, but reach from 0"),
         ({"force_drop_ids": torch.zeros(2)}, ValueError, "`force_drop_ids` must have the shape"),
-        ({"visible_positions": torch.zeros(3, 2)}, TypeError, "`visible_positions` must be of dtype int64"),
+        ({"visible_positions": torch.zeros(3, 2)}, TypeError, "`visible_positions` must be a tensor of dtype int64"),
+        (
+            {"visible_positions": None},
+            TypeError,
+            "`visible_positions` must be a tensor of dtype int64, but is NoneType",
+        ),
+        ({"predicted_positions": [[0]] * 3}, TypeError, "`predicted_positions` must be a tensor .*, but is list"),
+        ({"force_drop_ids": [0, 0, 0]}, TypeError, "`force_drop_ids` must be a tensor, but is list"),
         ({"visible_positions": torch.zeros(2, 2).long()}, ValueError, "`visible_positions` must have the shape"),
         ({"visible_positions": torch.full((3, 1), 10)}, ValueError, "`visible_positions` must lie in 0..9"),
         ({"predicted_positions": torch.full((3, 1), -1)}, ValueError, "`predicted_positions` must lie in 0..9"),
@@ -464,8 +483,35 @@ def test_denoiser_needs_its_conditioning():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"noisy_tokens": torch.zeros(2, 5)}, r"`noisy_tokens` must have the shape \(2, 6\), but has \(2, 5\)"),
+        ({"timestep": torch.tensor(3)}, r"`timestep` must have the shape \(2,\), but has \(\)"),
+        ({"conditions": torch.zeros(1, 32)}, r"`conditions` must have the shape \(2, 32\), but has \(1, 32\)"),
+        ({"conditioning": torch.zeros(2, 15)}, r"`conditioning` must have the shape \(2, 16\), but has \(2, 15\)"),
+    ],
+)
+def test_denoiser_inputs_that_do_not_fit(change, message):
+    inputs = {"noisy_tokens": torch.zeros(2, 6), "timestep": torch.zeros(2), "conditions": torch.zeros(2, 32)}
+    with pytest.raises(ValueError, match=message):
+        build().denoise(**inputs | change)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"), [(TOKENS_CONFIG, "10, 6"), (PATCHES_CONFIG, "3, 8, 8")], ids=["1d", "2d"]
+)
+def test_latents_that_are_no_tokens(config, shape):
+    with pytest.raises(
+        ValueError, match=rf"`latents` must have the shape \(batch_size, {shape}\), but has \(1, 4, 8\)"
+    ):
+        build(config).patchify(torch.zeros(1, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"num_tokens": 0}, "`num_tokens` must be positive, but is 0"),
         ({"sample_size": 0}, "`sample_size` must be positive, but is 0"),
+        ({"mlp_ratio": float("nan")}, "`mlp_ratio` must give MLPs a width of 1 or more, but is nan"),
+        ({"mlp_ratio": float("inf")}, "`mlp_ratio` must give MLPs a width of 1 or more, but is inf"),
         ({"mlp_ratio": 1e-4}, "`mlp_ratio` must give MLPs a width of 1 or more, but is 0.0001"),
         ({"buffer_size": 0}, "`buffer_size` must be positive, but is 0"),
         ({"denoiser_num_layers": -1}, "`denoiser_num_layers` must be positive, but is -1"),
@@ -483,4 +529,10 @@ def test_bad_configs(change, message):
 @pytest.mark.parametrize("change", [{"buffer_size": 2.5}, {"num_tokens": None}, {"sample_size": [16, 16]}])
 def test_sizes_are_integers(change):
     with pytest.raises(TypeError, match=f"`{next(iter(change))}` must be an integer, but is"):
+        build(**change)
+
+
+@pytest.mark.parametrize("change", [{"mlp_ratio": None}, {"dropout": None}, {"attention_dropout": "0.1"}])
+def test_ratios_are_numbers(change):
+    with pytest.raises(TypeError, match=f"`{next(iter(change))}` must be a number, but is"):
         build(**change)

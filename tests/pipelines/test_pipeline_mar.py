@@ -182,6 +182,23 @@ def test_guidance_extrapolates_from_null_to_conditional(pipeline):
     assert not torch.allclose(guided[2.0], plain, rtol=1e-2, atol=1e-2)
 
 
+def test_no_label_is_the_null_class(pipeline):
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, options: seen.append(options["class_labels"].tolist()), with_kwargs=True
+    )
+    unguided = sample(pipeline, [None, 1, None])
+    assert seen[-1] == [4, 1, 4]
+    guided = sample(pipeline, [None, 1, None], guidance_scale=2.0)
+    assert seen[-1] == [4, 1, 4, 4, 4, 4]
+    # there is nothing that guidance could lead away from
+    torch.testing.assert_close(guided[[0, 2]], unguided[[0, 2]], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(guided[1], unguided[1], rtol=1e-2, atol=1e-2)
+    pipeline.transformer.register_to_config(class_dropout_prob=0.0)
+    with pytest.raises(ValueError, match="`class_labels` holds None, allowed: class ids and .* without label dropout"):
+        sample(pipeline, [None])
+
+
 def test_generators(pipeline):
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
     together = sample(pipeline, generator=generators)

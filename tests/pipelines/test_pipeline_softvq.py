@@ -195,6 +195,21 @@ def test_class_labels_are_ids_or_names(tiny_pipeline, class_labels):
     assert calls[0][2].tolist() == [0, 3]
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_no_label_is_the_null_class(tiny_pipeline, guidance_scale):
+    pipeline = tiny_pipeline()
+    calls = record_calls(pipeline.transformer)
+    latents = torch.randn(3, 10, 6)
+    options = {"guidance_scale": guidance_scale, "num_inference_steps": 4, "output_type": "latent"}
+    result = pipeline([None, 1, None], latents=latents, **options).images
+    assert calls[0][2].tolist() == [4, 1, 4] + [4, 4, 4] * (guidance_scale > 1)
+    # there is nothing that guidance could lead away from
+    unguided = pipeline(None, latents=latents[:1], num_inference_steps=4, output_type="latent").images
+    torch.testing.assert_close(result[:1], unguided, rtol=0, atol=1e-5)
+    alone = pipeline(1, latents=latents[1:2], **options).images
+    torch.testing.assert_close(result[1:2], alone, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("class_label", [3, "goldfish", torch.tensor(3)])
 def test_one_class_label(tiny_pipeline, class_label):
     assert len(tiny_pipeline()(class_label, num_inference_steps=1).images) == 1
@@ -477,6 +492,8 @@ def test_guidance_needs_a_null_class(tiny_pipeline):
     assert len(pipeline([0, 1], num_inference_steps=1).images) == 2
     with pytest.raises(ValueError, match="`guidance_scale` is 1.5, allowed: at most 1 .* without label dropout"):
         pipeline([0, 1], guidance_scale=1.5)
+    with pytest.raises(ValueError, match="`class_labels` holds None, allowed: class ids and .* without label dropout"):
+        pipeline([0, None])
 
 
 def test_latents_that_the_tokenizer_cannot_decode(tiny_pipeline):

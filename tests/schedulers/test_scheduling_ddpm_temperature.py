@@ -107,6 +107,10 @@ def test_whole_chain_and_one_step():
     assert torch.isfinite(scheduler.step(torch.randn(2, 4), scheduler.timesteps[0].item(), torch.randn(2, 2))[0]).all()
 
 
+def test_the_chain_of_mar_is_the_default():
+    assert public_config(TemperatureDDPMScheduler()) == public_config(build(clip_sample_range=6.0))
+
+
 def test_save_and_load(tmp_path):
     scheduler = build(clip_sample=True, clip_sample_range=6.0)
     scheduler.save_pretrained(tmp_path)

@@ -49,6 +49,12 @@ def test_images_draw_from_their_own_generators():
         sample_patch_mask(2, 4, 0.5, 0.5, None, generators(1))
 
 
+@pytest.mark.parametrize(("sizes", "name"), [((0, 4), "batch_size"), ((2, 0), "num_patches")])
+def test_nothing_to_mask(sizes, name):
+    with pytest.raises(ValueError, match=f"`{name}` is 0, allowed: integers from 1 on"):
+        sample_patch_mask(*sizes, 0.5, 0.5)
+
+
 @pytest.mark.parametrize("ratios", [(-0.1, 0.5), (0.6, 0.4), (0.5, 1.1), (float("nan"), 0.5)])
 def test_bad_shares(ratios):
     with pytest.raises(ValueError, match="allowed: 0 <= min_ratio <= max_ratio <= 1"):

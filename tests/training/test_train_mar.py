@@ -212,6 +212,24 @@ def test_draws_belong_to_the_sample(tiny):
     torch.testing.assert_close(together, torch.stack(alone).mean())
 
 
+@pytest.mark.parametrize("class_dropout_prob", [0.0, 1.0])
+def test_labels_are_dropped_as_often_as_the_model_says(tiny, class_dropout_prob):
+    _, model, latents, labels = tiny
+    model.transformer.register_to_config(class_dropout_prob=class_dropout_prob)
+    loss, other = (model(latents, ids, batch_generators(0, 1, 0, 0, 3))["loss"] for ids in (labels, 7 - labels))
+    assert torch.equal(loss, other) == (class_dropout_prob == 1.0)
+
+
+def test_the_smallest_share_of_masked_tokens_is_the_given_one(tiny):
+    args, model, latents, labels = tiny
+    for smallest, expected in ((0.7, {0.75, 0.875, 1.0}), (1.0, {1.0})):
+        args.mask_ratio_min = smallest
+        shares = {
+            model(latents, labels, batch_generators(0, step, step, 0, 3))["mask_ratio"].item() for step in range(30)
+        }
+        assert shares == expected
+
+
 def test_masked_tokens_are_not_seen(tiny):
     _, model, latents, labels = tiny
     seen = {}
@@ -298,6 +316,12 @@ def test_guidance_needs_label_dropout(tmp_path, mar_config):
     args = mar_arguments(tmp_path, "--guidance_scale=2", model=mar_config | {"class_dropout_prob": 0.0})
     with pytest.raises(ValueError, match="`--guidance_scale` is 2.0, allowed: 1 for a transformer"):
         build_mar(args, (8, 4), 8)
+
+
+def test_gradient_checkpointing_reaches_transformer_and_denoiser(tmp_path, mar_config):
+    for flags in ([], ["--gradient_checkpointing=true"]):
+        transformer = build_mar(mar_arguments(tmp_path, *flags, model=mar_config), (8, 4), 8)
+        assert transformer.gradient_checkpointing == transformer.denoiser.gradient_checkpointing == bool(flags)
 
 
 def test_new_weights_are_the_initial_ones(tmp_path, mar_config):

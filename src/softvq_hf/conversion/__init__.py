@@ -34,8 +34,13 @@ def convert_checkpoint(system: str, state_dict: Mapping[str, torch.Tensor], conf
     Raises:
         ValueError: If `system` is unknown, a config key is missing or its value unsupported, or keys of the weights
             are missing, unexpected or mis-shaped; the message lists all of them.
-        TypeError: If a value of `state_dict` is not a tensor.
+        TypeError: If `state_dict` or `config` is no mapping, or a value of `state_dict` not a tensor.
     """
     if system not in CONVERTERS:
         raise ValueError(f"`system` is {system!r}, allowed: {', '.join(map(repr, CONVERTERS))}.")
+    for name, value in {"state_dict": state_dict, "config": config}.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"`{name}` is a {type(value).__name__}, allowed: a mapping (of a namespace, `vars` of it)."
+            )
     return CONVERTERS[system](state_dict, config)

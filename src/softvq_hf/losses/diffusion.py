@@ -113,6 +113,8 @@ def _denoising_losses(
         raise ValueError(
             f"`timesteps` has shape {tuple(timesteps.shape)}, allowed: ({latents.shape[0]},), one per sample."
         )
+    if len(timesteps) == 0:
+        raise ValueError("`timesteps` is empty, allowed: at least one sample.")
     if timesteps.is_floating_point():
         raise TypeError(f"`timesteps` is of dtype {timesteps.dtype}, allowed: integers, the steps of the chain.")
     if config.prediction_type != "epsilon":

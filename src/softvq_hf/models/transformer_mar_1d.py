@@ -6,6 +6,8 @@ unknown one, and a small MLP, trained as a DDPM noise predictor on single tokens
 SoftVQ-VAE (arXiv 2412.10958) trains it on the 32 or 64 1-D tokens of its tokenizers.
 """
 
+import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,7 +273,7 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     Raises:
         ValueError: If a size is not positive, a probability lies outside of [0, 1], a width is not a multiple of its
             heads, or `patch_size` does not divide `sample_size`, or is given without it.
-        TypeError: If a size is not an integer.
+        TypeError: If a size is not an integer, or a ratio or probability not a number.
     """
 
     _supports_gradient_checkpointing = True
@@ -326,13 +328,16 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 raise TypeError(f"`{name}` must be an integer, but is {value!r}.")
             if value <= 0:
                 raise ValueError(f"`{name}` must be positive, but is {value}.")
-        if int(min(encoder_hidden_size, decoder_hidden_size) * mlp_ratio) < 1:
-            raise ValueError(f"`mlp_ratio` must give MLPs a width of 1 or more, but is {mlp_ratio}.")
         probabilities = {
             "attention_dropout": attention_dropout,
             "dropout": dropout,
             "class_dropout_prob": class_dropout_prob,
         }
+        for name, value in {"mlp_ratio": mlp_ratio, **probabilities}.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"`{name}` must be a number, but is {value!r}.")
+        if not math.isfinite(mlp_ratio) or int(min(encoder_hidden_size, decoder_hidden_size) * mlp_ratio) < 1:
+            raise ValueError(f"`mlp_ratio` must give MLPs a width of 1 or more, but is {mlp_ratio}.")
         for name, value in probabilities.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], but is {value}.")
@@ -425,7 +430,20 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         """
         Tokens `(B, L, token_channels)` of latents: 1-D latents are tokens already; of 2-D latents they are the
         patches, row by row, each with its channels as the slowest axis.
+
+        Args:
+            latents (`torch.Tensor`): `(B, num_tokens, in_channels)`, or `(B, in_channels, sample_size, sample_size)`.
+
+        Raises:
+            ValueError: If their shape is another one.
         """
+        channels, side = self.config.in_channels, self.config.sample_size
+        expected_shape = (channels, side, side) if self.is_2d else (self.num_tokens, channels)
+        if tuple(latents.shape[1:]) != expected_shape:
+            raise ValueError(
+                f"`latents` must have the shape (batch_size, {', '.join(map(str, expected_shape))}), but has "
+                f"{tuple(latents.shape)}."
+            )
         if not self.is_2d:
             return latents
         patch_size = self.config.patch_size
@@ -465,6 +483,8 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         if not torch.is_tensor(class_labels) or class_labels.dtype not in (torch.int64, torch.int32):
             dtype = class_labels.dtype if torch.is_tensor(class_labels) else type(class_labels).__name__
             raise TypeError(f"`class_labels` must be a tensor of dtype int64 or int32, but is {dtype}.")
+        if force_drop_ids is not None and not torch.is_tensor(force_drop_ids):
+            raise TypeError(f"`force_drop_ids` must be a tensor, but is {type(force_drop_ids).__name__}.")
         for name, drops in {"class_labels": class_labels, "force_drop_ids": force_drop_ids}.items():
             if drops is not None and tuple(drops.shape) != (batch_size,):
                 raise ValueError(
@@ -475,10 +495,11 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             "visible_positions": visible_positions,
             "predicted_positions": predicted_positions,
         }.items():
-            if positions is None:
+            if name == "predicted_positions" and positions is None:
                 continue
-            if positions.dtype != torch.int64:
-                raise TypeError(f"`{name}` must be of dtype int64, but is {positions.dtype}.")
+            if not torch.is_tensor(positions) or positions.dtype != torch.int64:
+                dtype = positions.dtype if torch.is_tensor(positions) else type(positions).__name__
+                raise TypeError(f"`{name}` must be a tensor of dtype int64, but is {dtype}.")
             if positions.ndim != 2 or positions.shape[0] != batch_size or positions.shape[1] > self.num_tokens:
                 raise ValueError(
                     f"`{name}` must have the shape (batch_size, K) = ({batch_size}, K) with K up to "
@@ -621,8 +642,18 @@ class MARTransformer1DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             between its bounds, -1 the smaller and 1 the larger one.
 
         Raises:
-            ValueError: If neither `conditioning` nor both of the others are given.
+            ValueError: If neither `conditioning` nor both of the others are given, or shapes do not fit each other.
         """
         if conditioning is None and (timestep is None or conditions is None):
             raise ValueError("`conditioning` is None, allowed: a tensor, or `timestep` and `conditions`.")
+        num_tokens = len(noisy_tokens)
+        shapes = {
+            "noisy_tokens": (noisy_tokens, (num_tokens, self.token_channels)),
+            "timestep": (timestep, (num_tokens,)),
+            "conditions": (conditions, (num_tokens, self.config.decoder_hidden_size)),
+            "conditioning": (conditioning, (num_tokens, self.config.denoiser_hidden_size)),
+        }
+        for name, (tensor, expected_shape) in shapes.items():
+            if tensor is not None and tuple(tensor.shape) != expected_shape:
+                raise ValueError(f"`{name}` must have the shape {expected_shape}, but has {tuple(tensor.shape)}.")
         return self.denoiser(noisy_tokens, timestep, conditions, conditioning)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -74,11 +75,47 @@ class TemperatureDDPMScheduler(DDPMScheduler):
     [`~diffusers.DDPMScheduler`] whose steps add noise times a temperature, for models that predict the noise and the
     logarithm of the variance between its two bounds (`variance_type` "learned_range", arXiv 2102.09672).
 
-    Coefficients are computed in float64, samples in float32 at least. The constructor is that of the base class; MAR's
-    chain has `beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=False,
-    timestep_spacing="linspace"`. `clip_sample=True, clip_sample_range=6.0` keeps the data that a model predicts within
-    six standard deviations, which the first steps of an early training need.
+    Coefficients are computed in float64, samples in float32 at least. The arguments are those of the base class; the
+    defaults are MAR's chain. `clip_sample=True` keeps the data that a model predicts within `clip_sample_range`
+    standard deviations, which the first steps of an early training need.
     """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "squaredcos_cap_v2",
+        trained_betas: list[float] | None = None,
+        variance_type: str = "learned_range",
+        clip_sample: bool = False,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 6.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            variance_type=variance_type,
+            clip_sample=clip_sample,
+            prediction_type=prediction_type,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            clip_sample_range=clip_sample_range,
+            sample_max_value=sample_max_value,
+            timestep_spacing=timestep_spacing,
+            steps_offset=steps_offset,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
 
     def set_timesteps(
         self,

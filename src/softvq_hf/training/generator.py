@@ -212,10 +212,6 @@ def build_token_scheduler(clip_sample_range: float | None = None) -> Temperature
     Returns:
         [`TemperatureDDPMScheduler`]: with 1000 training steps.
     """
-    return TemperatureDDPMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        variance_type="learned_range",
-        timestep_spacing="linspace",
-        clip_sample=clip_sample_range is not None,
-        clip_sample_range=clip_sample_range or 1.0,
-    )
+    if clip_sample_range is None:
+        return TemperatureDDPMScheduler()
+    return TemperatureDDPMScheduler(clip_sample=True, clip_sample_range=clip_sample_range)

@@ -35,8 +35,12 @@ def sample_patch_mask(
         `torch.BoolTensor`: `(B, N)` on the CPU, `True` where a patch is masked.
 
     Raises:
-        ValueError: If the shares are not in order in [0, 1], or there is not one sample generator for each image.
+        ValueError: If there is no image or patch, the shares are not in order in [0, 1], or there is not one sample
+            generator for each image.
     """
+    for name, value in {"batch_size": batch_size, "num_patches": num_patches}.items():
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}, allowed: integers from 1 on.")
     if not 0 <= min_ratio <= max_ratio <= 1:
         raise ValueError(
             f"`min_ratio` is {min_ratio} and `max_ratio` is {max_ratio}, allowed: 0 <= min_ratio <= max_ratio <= 1."
