@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard, snapshot_download
 
@@ -33,6 +34,8 @@ try:
 except ModuleNotFoundError:
     AutoencoderSoftVQ = MARTransformer1DModel = ModelMixin
 
+
+logger = logging.get_logger(__name__)
 
 COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
 
@@ -364,10 +367,10 @@ class MARPipeline(DiffusionPipeline):
                 each number would be a graph.
             freeze_weights (`bool`, *optional*, defaults to `False`):
                 Whether the denoiser is compiled as a whole with its weights of now, in the order in which the
-                processor multiplies them: for CPUs. Where weights change in place afterwards (`load_state_dict`, a
-                LoRA that is fused), call this again, or images are still those of the old ones; that drops all other
-                compiled programs of the process, which are compiled anew when they are called. It takes the memory of
-                the denoiser's weights once more.
+                processor multiplies them: for CPUs. It takes the memory of the denoiser's weights once more. Where
+                weights have changed in place (`load_state_dict`, a LoRA that is fused, a step of an optimizer), the
+                next call freezes them anew, and says so; that drops all other compiled programs of the process, which
+                are compiled anew when they are called. A change through `.data` is not seen: call this again then.
 
         Raises:
             ValueError: If `mode` is not allowed.
@@ -388,6 +391,15 @@ class MARPipeline(DiffusionPipeline):
             self.vae.compile_repeated_blocks(mode=mode)
         self.vae.to(memory_format=torch.channels_last)
         self._freeze_weights = freeze_weights
+        self._compile_mode = mode
+        self._frozen_versions = self.get_weight_versions()
+
+    # Copied from softvq_hf.pipelines.pipeline_softvq.SoftVQPipeline with SoftVQPipeline->MARPipeline
+    def get_weight_versions(self) -> list[tuple[int, int]]:
+        """What changes when a weight of the transformer is replaced or, but through `.data`, changed in place."""
+        # tensors made in inference mode count no changes
+        weights = self.transformer.parameters()
+        return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
 
     def check_inputs(
         self,
@@ -696,6 +708,9 @@ class MARPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
+        if self._freeze_weights and self._frozen_versions != self.get_weight_versions():
+            logger.warning("The transformer's weights have changed since they were frozen: they are frozen anew.")
+            self.enable_fast_sampling(self._compile_mode, freeze_weights=True)
         transformer, device = self.transformer, self._execution_device
         is_guided = guidance_scale > 1
         copies = 2 if is_guided else 1

@@ -277,10 +277,11 @@ class SoftVQPipeline(DiffusionPipeline):
                 for few images at a time. A graph and its memory are kept for each batch size.
             freeze_weights (`bool`, *optional*, defaults to `False`):
                 Whether the transformer is compiled as a whole with its weights of now, in the order in which the
-                processor multiplies them: for CPUs. Where weights change in place afterwards (`load_state_dict`, a
-                LoRA that is fused), call this again, or images are still those of the old ones; that drops all other
-                compiled programs of the process, which are compiled anew when they are called. It takes the memory of
-                the weights once more, and a minute of compilation for XL, again at the second batch size. torch keeps
+                processor multiplies them: for CPUs. It takes the memory of the weights once more, and a minute of
+                compilation for XL, again at the second batch size. Where weights have changed in place
+                (`load_state_dict`, a LoRA that is fused, a step of an optimizer), the next call freezes them anew, and
+                says so; that drops all other compiled programs of the process, which are compiled anew when they are
+                called. A change through `.data` is not seen: call this again then. torch keeps
                 `torch._dynamo.config.recompile_limit` programs, 8, for all transformers of a process, and calls
                 further ones as they are, with a warning.
 
@@ -308,6 +309,14 @@ class SoftVQPipeline(DiffusionPipeline):
             self.vae.compile_repeated_blocks(mode=COMPILE_MODES[mode])
         self.vae.to(memory_format=torch.channels_last)
         self._freeze_weights = freeze_weights
+        self._compile_mode = mode
+        self._frozen_versions = self.get_weight_versions()
+
+    def get_weight_versions(self) -> list[tuple[int, int]]:
+        """What changes when a weight of the transformer is replaced or, but through `.data`, changed in place."""
+        # tensors made in inference mode count no changes
+        weights = self.transformer.parameters()
+        return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
 
     def compile_options(self) -> AbstractContextManager:
         """What holds while the transformer is called, and therefore while it is compiled."""
@@ -831,6 +840,9 @@ class SoftVQPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
+        if self._freeze_weights and self._frozen_versions != self.get_weight_versions():
+            logger.warning("The transformer's weights have changed since they were frozen: they are frozen anew.")
+            self.enable_fast_sampling(self._compile_mode, freeze_weights=True)
         device = self._execution_device
 
         # 2. Labels, grid and noise. The scheduler counts on the CPU: nothing in the loop waits for the device.

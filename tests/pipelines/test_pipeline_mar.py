@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 
 from softvq_hf.conversion import convert_checkpoint
+from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.training.generator import build_token_scheduler
@@ -353,6 +354,25 @@ def test_conditioning_is_left_to_a_denoiser_with_hooks(pipeline):
     assert len(embedded) == 12  # once for each step of the chain
 
 
+@pytest.mark.slow
+def test_a_frozen_denoiser_that_changes_is_frozen_anew(pipeline, caplog):
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    before = sample(pipeline)
+    weights = {name: weight * 0.5 for name, weight in pipeline.transformer.denoiser.state_dict().items()}
+    pipeline.transformer.denoiser.load_state_dict(weights)
+    result = sample(pipeline)
+    assert "frozen anew" in caplog.text
+    eager = MARPipeline(
+        pipeline.vae, MARTransformer1DModel.from_config(pipeline.transformer.config), pipeline.scheduler
+    )
+    eager.transformer.load_state_dict(pipeline.transformer.state_dict())
+    eager.transformer.eval()
+    eager.set_progress_bar_config(disable=True)
+    expected = sample(eager)
+    assert not torch.allclose(expected, before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+
+
 # Loading, and the methods that stand in both pipelines
 
 
@@ -380,4 +400,4 @@ def test_copied_methods_are_the_same():
         is_marked = mark + text in source
         assert is_marked == (name not in OWN_METHODS), name
         copied += is_marked
-    assert copied == source.count(mark) == 10
+    assert copied == source.count(mark) == 11

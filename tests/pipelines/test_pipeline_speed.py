@@ -171,6 +171,44 @@ def test_fast_sampling_again_takes_new_weights(tiny_pipeline, freeze_weights):
 
 
 @pytest.mark.slow
+def test_frozen_weights_that_change_are_frozen_anew(tiny_pipeline, caplog):
+    pipeline, expected_pipeline = tiny_pipeline(), tiny_pipeline()
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    latents = torch.randn(2, 10, 6)
+    before = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    torch.testing.assert_close(pipeline([0, 1], latents=latents, **ARGUMENTS).images, before, rtol=0, atol=1e-5)
+    assert "frozen anew" not in caplog.text
+    weights = {name: torch.randn_like(weight) * 0.2 for name, weight in pipeline.transformer.state_dict().items()}
+    for transformer in (pipeline.transformer, expected_pipeline.transformer):
+        transformer.load_state_dict(weights)
+    result = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    expected = expected_pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    assert "frozen anew" in caplog.text
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_weights_are_frozen_anew_only_after_a_change(tiny_pipeline, inference_mode, monkeypatch):
+    with torch.inference_mode(inference_mode):
+        pipeline = tiny_pipeline()
+    frozen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *arguments, **options: frozen.append(options["mode"]))
+    pipeline.enable_fast_sampling("default", freeze_weights=True)
+    num_frozen = len(frozen)
+    for _ in range(2):
+        pipeline([0], num_inference_steps=2, output_type="latent")
+    assert len(frozen) == num_frozen
+    layer = pipeline.transformer.proj_out
+    if inference_mode:  # changes of such a tensor are not counted
+        layer.weight = torch.nn.Parameter(layer.weight.clone())
+    else:
+        layer.load_state_dict({name: weight + 1 for name, weight in layer.state_dict().items()})
+    pipeline([0], num_inference_steps=2, output_type="latent")
+    assert len(frozen) == 2 * num_frozen and set(frozen) == {"default"}
+
+
+@pytest.mark.slow
 def test_each_batch_size_of_fast_sampling_has_one_program(tiny_pipeline):
     """The place of a step among the timesteps makes no other one."""
     torch.compiler.reset()
