@@ -90,8 +90,10 @@ AUTOENCODER_KL = {
 }
 # Largest difference of latents that should be equal, as a share of the largest entry.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
-# The chain of MAR's tokens multiplies rounding errors.
+# The chains of MAR's tokens multiply rounding errors, and so does each step of a network of random weights, which is
+# compared in no more steps than these.
 MAR_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.2}
+COMPARED_MAR_STEPS = 8
 
 
 @dataclass(kw_only=True)
@@ -331,16 +333,16 @@ def build_systems(args: GenerationBenchmarkArguments) -> dict[str, System]:
         transformer = random_model(MARTransformer1DModel, config, device, dtype)
         # a network of random weights predicts data out of all range, which is left out
         chain = build_token_scheduler(clip_sample_range=6.0)
-        settings = args.guidance_scale, args.num_mar_steps
+        settings = {"guidance_scale": args.guidance_scale, "num_mar_steps": args.num_mar_steps}
         pipeline = MARPipeline(vae, transformer, chain)
-        systems["mar_b_64"] = System(pipeline, partial(in_mar_pipeline, pipeline, *settings), 1, args.num_mar_steps)
+        sample = partial(in_mar_pipeline, pipeline, **settings)
+        systems["mar_b_64"] = System(pipeline, sample, 1, args.num_mar_steps)
         pipeline = MARPipeline(systems["official_64"].pipeline.vae, plain_copy(transformer), chain)
         if args.compile:
-            sample = partial(in_mar_pipeline, pipeline, *settings)
+            sample = partial(in_mar_pipeline, pipeline, **settings)
             systems["eager_mar_b_64"] = System(pipeline, sample, 1, args.num_mar_steps)
-        systems["official_mar_b_64"] = System(
-            pipeline, partial(sample_mar_in_full, pipeline, *settings), 1, args.num_mar_steps
-        )
+        sample = partial(sample_mar_in_full, pipeline, **settings)
+        systems["official_mar_b_64"] = System(pipeline, sample, 1, args.num_mar_steps)
 
     needs_2d = not {"sit_xl_2d", "dit_xl_diffusers"} <= set(args.skip)
     if needs_2d:
@@ -420,7 +422,13 @@ def check_equal(args: GenerationBenchmarkArguments, systems: dict[str, System]) 
         }
         for name in names:
             system = systems[name]
-            latents[name] = system.sample(labels=[1, 2], num_inference_steps=1, generator=generator, **draws)
+            latents[name] = system.sample(
+                labels=[1, 2],
+                num_inference_steps=1,
+                num_mar_steps=min(args.num_mar_steps, COMPARED_MAR_STEPS),
+                generator=generator,
+                **draws,
+            )
         for name in names[1:]:
             differences[name] = largest_difference(latents, names[0], name, MAR_TOLERANCES[args.dtype])
     return differences
@@ -508,25 +516,35 @@ def compare(args: GenerationBenchmarkArguments, systems: dict[str, System], whol
             if {f"eager_{tokens}", other} <= set(systems):
                 own, baseline = best_batch(f"eager_{tokens}", whole), best_batch(other, whole)
                 ratios[f"eager_{tokens}.vs_{other}"] = whole.ratio(own, baseline)
-    if args.mar:
-        for other in ("official_mar_b_64", "sit_b_64", "sit_xl_64"):
-            for name in ("mar_b_64", "eager_mar_b_64"):
-                if {name, other} <= set(systems):
-                    ratios |= ratios_by_batch(args, systems, whole, name, other)
+    for name in ("mar_b_64", "eager_mar_b_64"):
+        if {name, "official_mar_b_64"} <= set(systems):
+            ratios |= ratios_by_batch(args, systems, whole, name, "official_mar_b_64")
+    return ratios
+
+
+def compare_generators(
+    args: GenerationBenchmarkArguments, systems: dict[str, System], whole: Timings
+) -> dict[str, Spread]:
+    """MAR beside SiT, both ours: no ratio for `make bench`, where one falls when the other becomes faster."""
+    ratios = {}
+    for other in ("sit_b_64", "sit_xl_64"):
+        for name in ("mar_b_64", "eager_mar_b_64"):
+            if {name, other} <= set(systems):
+                ratios |= ratios_by_batch(args, systems, whole, name, other)
     return ratios
 
 
 def ratios_by_batch(
     args: GenerationBenchmarkArguments, systems: dict[str, System], whole: Timings, name: str, other: str
 ) -> dict[str, Spread]:
-    """Of a system and another one: at their best batches, and at each batch size of both."""
+    """Of a system and another one: at their best batches, and at each batch size of both where there are several."""
     ratios = {}
     # `DiTPipeline` does not give latents: taking its decoding off again would leave the noise of both
     for part in ("",) if isinstance(systems[other].pipeline, DiTPipeline) else ("", ".latents"):
         own, baseline = best_batch(f"{name}{part}", whole), best_batch(f"{other}{part}", whole)
         ratios[f"{name}.vs_{other}{part}"] = whole.ratio(own, baseline)
         for batch_size in batch_sizes(args, systems[name]):
-            if batch_size in batch_sizes(args, systems[other]):
+            if len(args.batch_sizes) > 1 and batch_size in batch_sizes(args, systems[other]):
                 own, baseline = f"{name}{part}@{batch_size}", f"{other}{part}@{batch_size}"
                 ratios[f"{name}.vs_{other}{part}.batch_{batch_size}"] = whole.ratio(own, baseline)
     return ratios
@@ -577,7 +595,8 @@ def main(args: GenerationBenchmarkArguments) -> None:
     contestants["matmul"] = square_product(args.matmul_size, device, getattr(torch, args.dtype))
     timings = time_in_turn(contestants, args.rounds, device)
     whole = scale_to_protocol(args, systems, timings)
-    ratios, shares = compare(args, systems, whole), peak_shares(args, systems, whole, timings)
+    ratios, generators = compare(args, systems, whole), compare_generators(args, systems, whole)
+    shares = peak_shares(args, systems, whole, timings)
 
     def memory_bytes(name: str, batch_size: str) -> int:
         pipeline = systems[name].pipeline
@@ -586,6 +605,7 @@ def main(args: GenerationBenchmarkArguments) -> None:
         return working + weights_bytes(pipeline.transformer, pipeline.vae)
 
     measurements = {"differences": differences, "seconds": timings.seconds}
+    measurements["generators"] = {name: asdict(ratio) for name, ratio in generators.items()}
     measurements["matmul_flops_per_second"] = asdict(timings.rate("matmul"))
     rows = []
     for name, system in systems.items():
@@ -620,7 +640,7 @@ def main(args: GenerationBenchmarkArguments) -> None:
     header = ["system", "M parameters", "samples through the transformer", "best batch", "images/s", "memory, GiB"]
     header += ["official loop, GiB", "share of the matmul peak"]
     table = markdown_table(header, rows) + "\n"
-    table += markdown_table(["ratio", "median (smallest to largest)"], list(ratios.items()))
+    table += markdown_table(["ratio", "median (smallest to largest)"], list((ratios | generators).items()))
     write_report(args.output_dir, "generation", table, ratios, asdict(args), measurements)
 
 

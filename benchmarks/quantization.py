@@ -31,16 +31,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torchao
 from diffusers import FlowMatchEulerDiscreteScheduler, TorchAoConfig, UniPCMultistepScheduler
 from side_by_side import Contestant, Spread, Timings, markdown_table, time_in_turn, write_report
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.training.arguments import check_output_dir, parse_args
+
+
+try:
+    import torchao
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+except ModuleNotFoundError as error:
+    sys.exit(f'{error}. This script needs torchao: pip install "softvq-hf[quantization]"')
 
 
 ENDS = ["proj_in", "timestep_embedder", "norm_out", "proj_out"]  # 0.6% of the weights of SiT-XL

@@ -14,12 +14,14 @@ One quantity is varied at a time, at the width of SiT-XL and of SoftVQ-B; second
 
 The model is `seconds = a * operations / P + b * bytes / W`: floating-point operations and bytes that kernels read and
 write are counted, P (operations per second of a large product of matrices) and W (bytes per second of copying a large
-tensor) are measured in the same run, a and b are fitted. For another machine put in its P and W. The error that is
-stated is that of predicting each point from a and b fitted to all others.
+tensor) are measured in the same run, a and b are fitted. `--operations_per_second` and `--bytes_per_second` are those
+of another machine, for which images per second are predicted as well. The error that is stated is that of predicting
+each point from a and b fitted to all others. Of all rounds the smallest times count here, and the largest P and W.
 
 `--output_dir` gets `scaling.json`, `scaling.md` and `scaling.png`.
 """
 
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -80,6 +82,12 @@ class ScalingArguments:
         default=None,
         metadata={"help": "By default bfloat16 where that is fast.", "choices": ["float32", "bfloat16"]},
     )
+    operations_per_second: float | None = field(
+        default=None, metadata={"help": "P of another machine, as of a large product of matrices, such as 7e14."}
+    )
+    bytes_per_second: float | None = field(
+        default=None, metadata={"help": "W of that machine, as of copying: bytes read and written, such as 4e12."}
+    )
     short: bool = field(default=False, metadata={"help": "One block, three values of each quantity, two rounds."})
 
     def __post_init__(self) -> None:
@@ -88,6 +96,12 @@ class ScalingArguments:
         for name in ("num_layers", "batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
+        other_machine = {name: getattr(self, name) for name in ("operations_per_second", "bytes_per_second")}
+        for name, value in other_machine.items():
+            if value is None and any(other_machine.values()):
+                raise ValueError(f"`--{name}` is None, allowed: both of {' and '.join(other_machine)}, or none.")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`--{name}` is {value}, allowed: finite numbers above 0.")
         self.device = default_device() if self.device is None else self.device
         self.dtype = default_dtype(self.device) if self.dtype is None else self.dtype
 
@@ -227,6 +241,8 @@ def plot(series: dict[str, dict[int, float]], predicted: dict[str, dict[int, flo
         axis.loglog(list(measured), list(measured.values()), "o", label="measured")
         axis.loglog(list(measured), list(predicted[name].values()), "-", label="model")
         axis.set(title=f"{name}: exponent {fit_exponent(measured):.2f}", xlabel=name, ylabel="seconds, largest = 1")
+        axis.set_xticks(list(measured), labels=list(map(str, measured)), rotation=45)
+        axis.set_xticks([], minor=True)
         axis.grid(which="both", alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -251,8 +267,8 @@ def main(args: ScalingArguments) -> None:
             seconds[name, value] = spreads[name, value].min  # least disturbed
 
     # The model, and how well each point is predicted from all others
-    features = np.array([[flops, moved] for flops, moved in counts.values()], dtype=float)
-    features /= [machine["operations_per_second"], machine["bytes_per_second"]]
+    work = np.array([[flops, moved] for flops, moved in counts.values()], dtype=float)
+    features = work / [machine["operations_per_second"], machine["bytes_per_second"]]
     targets = np.array(list(seconds.values()))
     errors = {}
     for i, point in enumerate(counts):
@@ -261,6 +277,10 @@ def main(args: ScalingArguments) -> None:
         errors[point] = abs(prediction / targets[i] - 1)
     a, b = fit_model(features, targets)
     predictions = dict(zip(counts, features @ [a, b], strict=True))
+    elsewhere = {}
+    if args.operations_per_second is not None:
+        other_features = work / [args.operations_per_second, args.bytes_per_second]
+        elsewhere = dict(zip(counts, other_features @ [a, b], strict=True))
 
     by_series: dict[str, dict[int, float]] = {name: {} for name in series}
     predicted: dict[str, dict[int, float]] = {name: {} for name in series}
@@ -285,6 +305,7 @@ def main(args: ScalingArguments) -> None:
                     "operations": counts[name, value][0],
                     "bytes": counts[name, value][1],
                     "error": errors[name, value],
+                    "images_per_second_elsewhere": (workload.items / elsewhere[name, value] if elsewhere else None),
                 }
                 for value, workload in workloads.items()
             },
@@ -296,6 +317,13 @@ def main(args: ScalingArguments) -> None:
         f"\nseconds = {a:.2f} operations / P + {b:.2f} bytes / W; a point predicted from all others is off by"
         f" {statistics.median(errors.values()):.0%} in the median, by {max(errors.values()):.0%} at most.\n"
     )
+    if elsewhere:
+        points = [
+            [name, value, f"{workload.items / elsewhere[name, value]:.3g}"]
+            for name, workloads in series.items()
+            for value, workload in workloads.items()
+        ]
+        table += "\nAt the given P and W:\n\n" + markdown_table(["quantity", "value", "images/s, predicted"], points)
     plot(by_series, predicted, Path(args.output_dir) / "scaling.png")
     write_report(args.output_dir, "scaling", table, ratios, asdict(args), measurements)
 

@@ -122,11 +122,15 @@ def test_thrift_changes_no_latents(generation, systems, arguments):
 def test_thrift_of_mar_changes_no_latents(generation, arguments, tiny_mar_pipeline):
     pipeline = tiny_mar_pipeline()
     systems = {
-        "mar_b_64": generation.System(pipeline, partial(generation.in_mar_pipeline, pipeline, 2.0, 3), 1, 3),
-        "official_mar_b_64": generation.System(
-            pipeline, partial(generation.sample_mar_in_full, pipeline, 2.0, 3), 1, 3
+        "mar_b_64": generation.System(
+            pipeline, partial(generation.in_mar_pipeline, pipeline, 2.0, num_mar_steps=3), 1, 3
         ),
-        "eager_mar_b_64": generation.System(pipeline, partial(generation.in_mar_pipeline, pipeline, 2.0, 3), 1, 3),
+        "official_mar_b_64": generation.System(
+            pipeline, partial(generation.sample_mar_in_full, pipeline, 2.0, num_mar_steps=3), 1, 3
+        ),
+        "eager_mar_b_64": generation.System(
+            pipeline, partial(generation.in_mar_pipeline, pipeline, 2.0, num_mar_steps=3), 1, 3
+        ),
     }
     differences = generation.check_equal(arguments, systems)
     assert differences.keys() == {"official_mar_b_64", "eager_mar_b_64"}
@@ -228,6 +232,25 @@ def test_operations_of_decoding_beside_sampling(generation, tmp_path, resolution
     assert counter.get_total_flops() / sampling == pytest.approx(expected, rel=0.05)
 
 
+def test_two_generators_of_this_library_are_no_ratio_of_make_bench(generation, systems, arguments):
+    systems = dict.fromkeys(("sit_xl_64", "mar_b_64", "official_mar_b_64"), systems["sit_xl_64"])
+    arguments = replace(arguments, batch_sizes=[2])
+    whole = generation.Timings({})
+    for name, seconds in {"sit_xl_64": 1.0, "mar_b_64": 2.0, "official_mar_b_64": 3.0}.items():
+        for part in ("", ".latents"):
+            whole.seconds[f"{name}{part}@2"], whole.items[f"{name}{part}@2"] = [seconds], 2
+    ratios = generation.compare(arguments, systems, whole)
+    assert {name: ratio.median for name, ratio in ratios.items()} == {
+        "mar_b_64.vs_official_mar_b_64": 1.5,
+        "mar_b_64.vs_official_mar_b_64.latents": 1.5,
+    }
+    generators = generation.compare_generators(arguments, systems, whole)
+    assert {name: ratio.median for name, ratio in generators.items()} == {
+        "mar_b_64.vs_sit_xl_64": 0.5,
+        "mar_b_64.vs_sit_xl_64.latents": 0.5,
+    }
+
+
 def test_a_whole_run(generation, systems, arguments, monkeypatch):
     """`main` on tiny models: every ratio, the share of the peak, memory, and the report."""
     monkeypatch.setattr(generation, "build_systems", lambda _: systems | {"sit_xl_2d": systems["sit_xl_64"]})
@@ -295,6 +318,35 @@ def test_operations_and_bytes_are_counted(load):
         one.mm(other)
         one.view(16, 8)  # moves nothing
     assert counter.total == 4 * (8 * 16 + 16 * 4 + 8 * 4)
+
+
+def test_images_per_second_of_another_machine(load, tmp_path):
+    """A machine with twice the operations and bytes per second makes twice the images."""
+    scaling = load("scaling")
+    options = {"output_dir": str(tmp_path), "short": True, "batch_size": 1, "device": "cpu", "dtype": "float32"}
+    workload = scaling.Workload(
+        lambda device: lambda: torch.zeros(64, 64, device=device) @ torch.zeros(64, 64, device=device), 3
+    )
+    scaling.build_series = lambda args: {"tokens": {64: workload, 256: workload}, "steps": {4: workload, 8: workload}}
+    scaling.measure_machine = lambda args, rounds: {"operations_per_second": 1e9, "bytes_per_second": 1e9}
+    scaling.main(scaling.ScalingArguments(**options, operations_per_second=2e9, bytes_per_second=2e9))
+    point = json.loads((tmp_path / "scaling.json").read_text())["measurements"]["steps"]["points"]["8"]
+    assert point["images_per_second_elsewhere"] == pytest.approx(2 * point["predicted_images_per_second"])
+    assert "At the given P and W" in (tmp_path / "scaling.md").read_text()
+    scaling.main(scaling.ScalingArguments(**options))
+    assert "At the given P and W" not in (tmp_path / "scaling.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"operations_per_second": 1e12}, "`--bytes_per_second` is None, allowed: both of operations_per_second and"),
+        ({"operations_per_second": 0.0, "bytes_per_second": 1e9}, "`--operations_per_second` is 0.0, allowed: finite"),
+    ],
+)
+def test_another_machine_is_a_whole_one(load, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        load("scaling").ScalingArguments(output_dir=str(tmp_path), **values)
 
 
 @pytest.mark.parametrize(("num_tokens", "expected"), [(32, 14.57), (64, 29.03), (256, 118.62), (1024, 524.5)])
