@@ -41,7 +41,6 @@ extras_require = {
         "ruff>=0.17.5",  # lint and format
         "import-linter>=2.16",  # who may import whom
         "scipy>=1.17",  # fits of benchmarks/scaling.py, references of tests
-        "torchao>=0.18",  # tests of weights of 8 bits
     ],
     "deepspeed": [
         "deepspeed>=0.19.8",  # training/accelerate/deepspeed_zero2.yaml

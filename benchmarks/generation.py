@@ -23,10 +23,11 @@ scaled by the number of samples that pass the transformer. MAR is timed as a who
 by itself and added; systems with the same decoder share its time.
 
 `--output_dir` gets `generation.json` and `generation.md`. Ratios are images per second with decoding, or without it
-(`.latents`), each system at its own best batch of `--batch_sizes`; or at one batch size (`.batch_8`). `peak_share` is
-what the transformer multiplies and adds per second of latents, the modulation left out, over those of a product of two
-square matrices. Memory is that of weights and a call; the table has that of the official loop at the same batch beside
-it. Weights that a compiler keeps once more are in neither.
+(`.latents`), each system at its own best batch of `--batch_sizes`, and at each of several (`.batch_8`). Those of MAR
+and SiT, both of this library, are measurements that `make bench` does not compare. `peak_share` is what the
+transformer multiplies and adds per second of latents, the modulation left out, over those of a product of two square
+matrices. Memory is that of weights and a call; the table has that of the official loop at the same batch beside it.
+Weights that a compiler keeps once more are in neither.
 """
 
 import copy

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -135,6 +134,7 @@ def test_solvers_refuse_a_chain(tiny_pipeline, tmp_path):
 
 
 def test_quantization(folder, tmp_path):
+    pytest.importorskip("torchao")
     quantization = load_benchmark("quantization")
     args = quantization.QuantizationArguments(
         output_dir=str(tmp_path / "out"), pipeline=folder, batch_size=2, rounds=1, device="cpu"
@@ -155,10 +155,11 @@ def test_quantization(folder, tmp_path):
 
 
 def test_bytes_of_quantized_weights():
+    torchao = pytest.importorskip("torchao.quantization")
     quantization = load_benchmark("quantization")
     layer = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
     assert quantization.stored_bytes(layer.weight) == 2 * 64 * 32
-    quantize_(layer, Int8WeightOnlyConfig())
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
     assert is_traceable_wrapper_subclass(layer.weight)
     assert layer.weight.nbytes == 2 * 64 * 32  # of the dtype it stands for
     assert 64 * 32 < quantization.stored_bytes(layer.weight) < 64 * 32 + 32 * 8
@@ -166,5 +167,6 @@ def test_bytes_of_quantized_weights():
 
 @pytest.mark.parametrize(("arguments", "message"), [({"batch_size": 0}, "`--batch_size` is 0, allowed: integers")])
 def test_bad_arguments_of_quantization(arguments, message):
+    pytest.importorskip("torchao")
     with pytest.raises(ValueError, match=message):
         load_benchmark("quantization").QuantizationArguments(output_dir="out", **arguments)

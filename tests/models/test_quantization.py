@@ -4,11 +4,14 @@ import pytest
 import torch
 from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from torch import nn
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-from torchao.utils import TorchAOBaseTensor
 
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
+
+
+pytest.importorskip("torchao")
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig  # noqa: E402
+from torchao.utils import TorchAOBaseTensor  # noqa: E402
 
 
 # docs/sampling.md leaves these in bfloat16
