@@ -140,7 +140,7 @@ class GenerationBenchmarkArguments:
     def __post_init__(self) -> None:
         if self.short:
             self.num_layers, self.measured_steps, self.batch_sizes, self.rounds = 2, 10, [4], 2
-            self.num_mar_steps = 4
+            self.num_mar_steps = 2
             self.mar |= self.resolution == 256 and (self.tokens is None or 64 in self.tokens)
         self.compile |= self.freeze_weights
         if self.compile_mode is not None and not self.compile:

@@ -88,11 +88,14 @@ class ScalingArguments:
     bytes_per_second: float | None = field(
         default=None, metadata={"help": "W of that machine, as of copying: bytes read and written, such as 4e12."}
     )
-    short: bool = field(default=False, metadata={"help": "One block, three values of each quantity, two rounds."})
+    short: bool = field(
+        default=False, metadata={"help": "One block, three values of each quantity, 16 samples, two rounds."}
+    )
 
     def __post_init__(self) -> None:
         if self.short:
-            self.num_layers, self.rounds = 1, 2
+            # as many samples as hide the reading of the weights, whose speed is that of the whole host
+            self.num_layers, self.rounds, self.batch_size = 1, 2, 16
         for name in ("num_layers", "batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
