@@ -79,7 +79,12 @@ class DataBenchmarkArguments:
         default_factory=lambda: [50.0, 100.0, 200.0], metadata={"help": "What the accelerator takes for a batch."}
     )
     num_batches: int = field(default=16, metadata={"help": "Batches that the accelerator takes."})
-    short: bool = field(default=False, metadata={"help": "Two sizes, few images, two rounds, one case of waiting."})
+    short: bool = field(
+        default=False,
+        metadata={
+            "help": "Two sizes, few images, two rounds, one case of waiting; flags for these count for nothing."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.short:

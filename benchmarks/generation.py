@@ -135,7 +135,10 @@ class GenerationBenchmarkArguments:
         default=None,
         metadata={"help": "By default bfloat16 where that is fast.", "choices": ["float32", "bfloat16"]},
     )
-    short: bool = field(default=False, metadata={"help": "Two blocks, ten steps, one batch size, two rounds."})
+    short: bool = field(
+        default=False,
+        metadata={"help": "Two blocks, ten steps, batches of four, two rounds; flags for these count for nothing."},
+    )
 
     def __post_init__(self) -> None:
         if self.short:

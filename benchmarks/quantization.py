@@ -76,13 +76,17 @@ class QuantizationArguments:
     rounds: int = field(default=5, metadata={"help": "Timed calls of each."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise."})
     device: str | None = field(default=None, metadata={"help": "By default the accelerator, where there is one."})
-    short: bool = field(default=False, metadata={"help": "SiT-XL of four layers, two rounds."})
+    short: bool = field(
+        default=False,
+        metadata={"help": "SiT-XL of four layers, two rounds; flags for these count for nothing."},
+    )
 
     def __post_init__(self) -> None:
         if self.short:
             self.rounds = 2
-        if self.batch_size < 1:
-            raise ValueError(f"`--batch_size` is {self.batch_size}, allowed: integers from 1 on.")
+        for name in ("batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
         if self.device is None:
             self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 

@@ -89,7 +89,10 @@ class ScalingArguments:
         default=None, metadata={"help": "W of that machine, as of copying: bytes read and written, such as 4e12."}
     )
     short: bool = field(
-        default=False, metadata={"help": "One block, three values of each quantity, 16 samples, two rounds."}
+        default=False,
+        metadata={
+            "help": "One block, 16 samples, two rounds, three values of each; flags for these count for nothing."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ how many times smaller than Euler's the latent error of an image is at 20 calls.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -96,7 +97,10 @@ class SolversArguments:
         default="float32",
         metadata={"help": "Of the network under the solvers.", "choices": ["float32", "bfloat16"]},
     )
-    short: bool = field(default=False, metadata={"help": "Fewer images and steps."})
+    short: bool = field(
+        default=False,
+        metadata={"help": "Fewer images and steps; flags for these count for nothing."},
+    )
 
     def __post_init__(self) -> None:
         if self.short:
@@ -112,8 +116,8 @@ class SolversArguments:
             )
         if self.num_images < 1:
             raise ValueError(f"`--num_images` is {self.num_images}, allowed: integers from 1 on.")
-        if not self.guidance_scale > 1:
-            raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: numbers above 1.")
+        if not 1 < self.guidance_scale < math.inf:
+            raise ValueError(f"`--guidance_scale` is {self.guidance_scale}, allowed: finite numbers above 1.")
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(

@@ -112,7 +112,10 @@ class TokenizerBenchmarkArguments:
         default=None,
         metadata={"help": "By default bfloat16 where that is fast.", "choices": ["float32", "bfloat16"]},
     )
-    short: bool = field(default=False, metadata={"help": "Fewer models, four images at a time, two rounds."})
+    short: bool = field(
+        default=False,
+        metadata={"help": "Fewer models, four images at a time, two rounds; flags for these count for nothing."},
+    )
 
     def __post_init__(self) -> None:
         if self.short:

@@ -101,7 +101,10 @@ class TrainingBenchmarkArguments:
         },
     )
     short: bool = field(
-        default=False, metadata={"help": "Two layers at real width, small batches, two rounds, no single losses."}
+        default=False,
+        metadata={
+            "help": "Two layers, small batches, two rounds, no single losses; flags for these count for nothing."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard, snapshot_download
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 # diffusers loads a component from a module that is imported already, or from a source file beside the weights. The
@@ -80,6 +82,8 @@ class SoftVQPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
+    # By transformer, since pipelines may share one: the mode and the weights with which it was compiled
+    _frozen: WeakKeyDictionary[torch.nn.Module, tuple[str | None, list]] = WeakKeyDictionary()
 
     # `from_pipe` takes over a model whose exact type stands here; `ModelMixin` admits classes from an exported folder.
     def __init__(
@@ -96,7 +100,6 @@ class SoftVQPipeline(DiffusionPipeline):
             id2label = {int(class_id): name for class_id, name in id2label.items()}  # JSON has string keys only
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor()
-        self._freeze_weights = False
 
     @classmethod
     def load_config(
@@ -278,17 +281,17 @@ class SoftVQPipeline(DiffusionPipeline):
             freeze_weights (`bool`, *optional*, defaults to `False`):
                 Whether the transformer is compiled as a whole with its weights of now, in the order in which the
                 processor multiplies them: for CPUs. It takes the memory of the weights once more, and a minute of
-                compilation for XL, again at the second batch size. Where weights have changed in place
-                (`load_state_dict`, a LoRA that is fused, a step of an optimizer), the next call freezes them anew, and
-                says so; that drops all other compiled programs of the process, which are compiled anew when they are
-                called. A change through `.data` is not seen: call this again then. torch keeps
-                `torch._dynamo.config.recompile_limit` programs, 8, for all transformers of a process, and calls
-                further ones as they are, with a warning.
+                compilation for XL, again at the second batch size. Where weights have changed (`load_state_dict`, a
+                LoRA that is fused, a step of an optimizer, averages that are copied), the next call of any pipeline
+                with this transformer freezes them anew, and says so; that drops all other compiled programs of the
+                process, which are compiled anew when they are called. Single entries that change through `.data` are
+                not seen: call this again then. torch keeps `torch._dynamo.config.recompile_limit` programs, 8, for all
+                transformers of a process, and calls further ones as they are, with a warning.
 
         Raises:
             ValueError: If `mode` is not allowed, or one with CUDA graphs and `freeze_weights` is true.
         """
-        if mode not in COMPILE_MODES:
+        if mode not in list(COMPILE_MODES):
             raise ValueError(f"`mode` is {mode!r}, allowed: {', '.join(map(repr, COMPILE_MODES))}.")
         has_graphs = COMPILE_MODES[mode] != mode
         if has_graphs and freeze_weights:
@@ -297,7 +300,7 @@ class SoftVQPipeline(DiffusionPipeline):
                 f"`mode` is {mode!r}, allowed with `freeze_weights`, which is for CPUs: "
                 f"{', '.join(map(repr, without))}."
             )
-        if freeze_weights or self._freeze_weights:
+        if freeze_weights or self.transformer in self._frozen:
             torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
         for module in (*self.transformer.modules(), *self.vae.modules()):
             module._compiled_call_impl = None  # of an earlier call
@@ -308,19 +311,28 @@ class SoftVQPipeline(DiffusionPipeline):
         if getattr(self.vae, "_repeated_blocks", None):
             self.vae.compile_repeated_blocks(mode=COMPILE_MODES[mode])
         self.vae.to(memory_format=torch.channels_last)
-        self._freeze_weights = freeze_weights
-        self._compile_mode = mode
-        self._frozen_versions = self.get_weight_versions()
+        self._frozen.pop(self.transformer, None)
+        if freeze_weights:
+            self._frozen[self.transformer] = mode, self.get_weight_versions()
 
-    def get_weight_versions(self) -> list[tuple[int, int]]:
-        """What changes when a weight of the transformer is replaced or, but through `.data`, changed in place."""
-        # tensors made in inference mode count no changes
-        weights = self.transformer.parameters()
-        return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
+    def get_weight_versions(self) -> list[tuple[int, int, bytes]]:
+        """
+        What changes when a weight of the transformer is replaced or changed: its place, the number of changes in place
+        and, since changes through `.data` are not counted, as peft's and those of `EMAModel`, some 60 of its entries.
+        """
+        versions = []
+        for weight in self.transformer.parameters():
+            version = 0 if weight.is_inference() else weight._version  # such tensors count nothing
+            entries = b""
+            if not (weight.is_meta or is_traceable_wrapper_subclass(weight)):  # torchao's are replaced as a whole
+                every_nth = weight.detach().flatten()[:: weight.numel() // 64 + 1]
+                entries = every_nth.float().cpu().numpy().tobytes()
+            versions.append((id(weight), version, entries))
+        return versions
 
     def compile_options(self) -> AbstractContextManager:
         """What holds while the transformer is called, and therefore while it is compiled."""
-        if not self._freeze_weights:
+        if self.transformer not in self._frozen:
             return nullcontext()
         import torch._inductor.config  # takes time, and is not there where torch has no compiler
 
@@ -623,7 +635,8 @@ class SoftVQPipeline(DiffusionPipeline):
         hooks on blocks or layers move or cast their weights (offloading within the model), which act when a block is
         called.
         """
-        if "modulation" not in inspect.signature(self.transformer.forward).parameters:
+        transformer = getattr(self.transformer, "_orig_mod", self.transformer)  # below what `torch.compile` returns
+        if "modulation" not in inspect.signature(transformer.forward).parameters:
             return False
         return not any(
             hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
@@ -840,9 +853,11 @@ class SoftVQPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        if self._freeze_weights and self._frozen_versions != self.get_weight_versions():
-            logger.warning("The transformer's weights have changed since they were frozen: they are frozen anew.")
-            self.enable_fast_sampling(self._compile_mode, freeze_weights=True)
+        if self.transformer in self._frozen:
+            mode, versions = self._frozen[self.transformer]
+            if versions != self.get_weight_versions():
+                logger.warning("The transformer's weights have changed since they were frozen: they are frozen anew.")
+                self.enable_fast_sampling(mode, freeze_weights=True)
         device = self._execution_device
 
         # 2. Labels, grid and noise. The scheduler counts on the CPU: nothing in the loop waits for the device.

@@ -116,7 +116,8 @@ def test_solvers(folder, tmp_path, capsys):
         ({"num_calls": [0, 20]}, r"`--num_calls` is \[0, 20\]"),
         ({"reference_steps": 199}, "`--reference_steps` is 199, allowed: integers from 200 on"),
         ({"num_images": 0}, "`--num_images` is 0, allowed: integers from 1 on"),
-        ({"guidance_scale": 1.0}, "`--guidance_scale` is 1.0, allowed: numbers above 1"),
+        ({"guidance_scale": 1.0}, "`--guidance_scale` is 1.0, allowed: finite numbers above 1"),
+        ({"guidance_scale": float("inf")}, "`--guidance_scale` is inf, allowed: finite numbers above 1"),
     ],
 )
 def test_bad_arguments_of_solvers(arguments, message):
@@ -165,7 +166,13 @@ def test_bytes_of_quantized_weights():
     assert 64 * 32 < quantization.stored_bytes(layer.weight) < 64 * 32 + 32 * 8
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"batch_size": 0}, "`--batch_size` is 0, allowed: integers")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "`--batch_size` is 0, allowed: integers"),
+        ({"rounds": 0}, "`--rounds` is 0, allowed: integers"),
+    ],
+)
 def test_bad_arguments_of_quantization(arguments, message):
     pytest.importorskip("torchao")
     with pytest.raises(ValueError, match=message):

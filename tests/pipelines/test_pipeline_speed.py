@@ -1,19 +1,24 @@
 """What makes SoftVQPipeline fast: modulations once for each step and class, no reading back, compiled blocks."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
 
 from softvq_hf.conversion import convert_checkpoint
 from softvq_hf.pipelines import pipeline_softvq
+from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 
 
@@ -188,12 +193,18 @@ def test_frozen_weights_that_change_are_frozen_anew(tiny_pipeline, caplog):
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
+def count_frozen(monkeypatch) -> list[str]:
+    """A list that fills with the modes in which modules are compiled, which they are not."""
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *arguments, **options: modes.append(options["mode"]))
+    return modes
+
+
 @pytest.mark.parametrize("inference_mode", [False, True])
 def test_weights_are_frozen_anew_only_after_a_change(tiny_pipeline, inference_mode, monkeypatch):
     with torch.inference_mode(inference_mode):
         pipeline = tiny_pipeline()
-    frozen = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *arguments, **options: frozen.append(options["mode"]))
+    frozen = count_frozen(monkeypatch)
     pipeline.enable_fast_sampling("default", freeze_weights=True)
     num_frozen = len(frozen)
     for _ in range(2):
@@ -206,6 +217,80 @@ def test_weights_are_frozen_anew_only_after_a_change(tiny_pipeline, inference_mo
         layer.load_state_dict({name: weight + 1 for name, weight in layer.state_dict().items()})
     pipeline([0], num_inference_steps=2, output_type="latent")
     assert len(frozen) == 2 * num_frozen and set(frozen) == {"default"}
+
+
+def fuse_lora(transformer) -> None:
+    transformer.fuse_lora()
+    transformer.unload_lora()
+
+
+def copy_averages(transformer) -> None:
+    other = [torch.randn_like(parameter) for parameter in transformer.parameters()]
+    EMAModel(other).copy_to(transformer.parameters())
+
+
+def round_to_bfloat16(transformer) -> None:
+    transformer.to(torch.bfloat16).to(torch.float32)
+
+
+@pytest.mark.parametrize("change", [fuse_lora, copy_averages, round_to_bfloat16])
+def test_changes_that_torch_does_not_count_are_seen(tiny_pipeline, monkeypatch, change):
+    """These write to `.data`."""
+    pipeline = tiny_pipeline()
+    if change is fuse_lora:
+        pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+    frozen = count_frozen(monkeypatch)
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    num_frozen = len(frozen)
+    change(pipeline.transformer)
+    for _ in range(2):
+        pipeline([0], num_inference_steps=2, output_type="latent")
+        assert len(frozen) == 2 * num_frozen
+
+
+@pytest.mark.slow
+def test_a_lora_that_is_fused_into_frozen_weights(tiny_pipeline):
+    """With the base weights frozen, which it changes without a trace: its own are gone before the next call."""
+    pipeline, expected_pipeline = tiny_pipeline(), tiny_pipeline()
+    for parameter in pipeline.transformer.parameters():  # a new one predicts zeros
+        torch.nn.init.normal_(parameter, std=0.2)
+    expected_pipeline.transformer.load_state_dict(pipeline.transformer.state_dict())
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    latents = torch.randn(2, 10, 6)
+    before = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    for transformer in (pipeline.transformer, expected_pipeline.transformer):
+        torch.manual_seed(1)
+        transformer.add_adapter(LoraConfig(r=2, target_modules=["to_v", "linear"], init_lora_weights=False))
+        fuse_lora(transformer)
+    result = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    expected = expected_pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+def test_pipelines_that_share_a_frozen_transformer(tiny_pipeline, monkeypatch):
+    pipeline = tiny_pipeline()
+    other = SoftVQPipeline(**pipeline.components)
+    other.set_progress_bar_config(disable=True)
+    frozen = count_frozen(monkeypatch)
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    num_frozen = len(frozen)
+    pipeline.transformer.load_state_dict({name: w + 1 for name, w in pipeline.transformer.state_dict().items()})
+    for each in (other, pipeline):  # the first sees it for both
+        each([0], num_inference_steps=2, output_type="latent")
+        assert len(frozen) == 2 * num_frozen
+    copied = tiny_pipeline()
+    copied.transformer = copy.deepcopy(pipeline.transformer)  # which is not compiled
+    copied([0], num_inference_steps=2, output_type="latent")
+    assert len(frozen) == 2 * num_frozen
+
+
+def test_modulation_is_computed_apart_for_a_transformer_that_torch_compile_has_wrapped(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    rows = record_modulated_rows(pipeline.transformer)
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    pipeline([0, 1], **ARGUMENTS)
+    assert len(rows) == 1
 
 
 @pytest.mark.slow
@@ -272,6 +357,31 @@ def test_modes_with_cuda_graphs_compile_the_transformer_as_a_whole(tiny_pipeline
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("mode", "of_blocks"), [("reduce-overhead", "default"), ("max-autotune", "max-autotune-no-cudagraphs")]
+)
+def test_blocks_are_compiled_without_cuda_graphs(tiny_pipeline, monkeypatch, mode, of_blocks):
+    """The graph of a block would overwrite what the one before has left."""
+    modes = {}
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: modes.setdefault(options["mode"], []).append(type(self))
+    )
+    pipeline = tiny_pipeline()
+    pipeline.enable_fast_sampling(mode=mode)
+    assert modes.pop(mode) == [type(pipeline.transformer)]
+    assert modes.keys() == {of_blocks} and len(modes[of_blocks]) > 1
+
+
+def test_convolutions_of_a_2d_tokenizer_get_the_channels_last_format(tiny_pipeline, monkeypatch):
+    count_frozen(monkeypatch)
+    pipeline = tiny_pipeline()
+    pipeline.vae = AutoencoderKL(block_out_channels=(32,), layers_per_block=1, latent_channels=4)
+    weight = pipeline.vae.decoder.conv_in.weight
+    assert not weight.is_contiguous(memory_format=torch.channels_last)
+    pipeline.enable_fast_sampling()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_what_the_transformer_gave_may_be_overwritten_by_its_next_call(tiny_pipeline):
     """As a CUDA graph does; PNDM keeps predictions, and in float32 a cast would not copy them."""
     latents = torch.randn(2, 10, 6)
@@ -299,6 +409,8 @@ def test_fast_sampling_again_replaces_what_was_compiled(tiny_pipeline):
 def test_modes_that_are_not_allowed(tiny_pipeline):
     with pytest.raises(ValueError, match="`mode` is 'fast', allowed: None, 'default', 'max-autotune-no-cudagraphs'"):
         tiny_pipeline().enable_fast_sampling(mode="fast")
+    with pytest.raises(ValueError, match=r"`mode` is \['default'\], allowed: None"):
+        tiny_pipeline().enable_fast_sampling(mode=["default"])
     with pytest.raises(ValueError, match="'reduce-overhead', allowed with `freeze_weights`, .*: None, 'default', "):
         tiny_pipeline().enable_fast_sampling(mode="reduce-overhead", freeze_weights=True)
 
