@@ -298,3 +298,13 @@ def test_one_condition_for_each_token(official_denoiser):
             tensors["input.t"],
             tensors["input.noise"],
         )
+
+
+def test_no_gradient_flows_into_tokens(official_denoiser):
+    model, tensors, _ = official_denoiser
+    tokens, conditions = (tensors[name].clone().requires_grad_() for name in ("input.x", "input.c"))
+    losses = token_diffusion_loss(
+        model, ddpm_scheduler(**COSINE), tokens, conditions, tensors["input.t"], tensors["input.noise"]
+    )
+    losses["loss"].sum().backward()
+    assert tokens.grad is None and conditions.grad.abs().sum() > 0

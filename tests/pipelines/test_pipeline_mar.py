@@ -373,6 +373,15 @@ def test_a_frozen_denoiser_that_changes_is_frozen_anew(pipeline, caplog):
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_fast_sampling_again_replaces_what_was_compiled(tiny_mar_pipeline):
+    pipeline = tiny_mar_pipeline()
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    assert pipeline.transformer.denoiser._compiled_call_impl is not None
+    pipeline.enable_fast_sampling()
+    assert pipeline.transformer.denoiser._compiled_call_impl is None
+    assert all(block._compiled_call_impl is not None for block in pipeline.transformer.denoiser.blocks)
+
+
 # Loading, and the methods that stand in both pipelines
 
 
