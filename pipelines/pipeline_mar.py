@@ -321,7 +321,7 @@ class MARPipeline(DiffusionPipeline):
         """Class ids from ids, names, `None` (the null class), a tensor, an array, or (nested) lists of them."""
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.reshape(-1).tolist()
-        if isinstance(class_labels, (list, tuple)):
+        if isinstance(class_labels, (list, tuple, range)):
             return [class_id for label in class_labels for class_id in self.prepare_class_labels(label)]
         if isinstance(class_labels, str):
             return self.prepare_class_labels(self.get_label_ids(class_labels))

@@ -354,6 +354,24 @@ def test_conditioning_is_left_to_a_denoiser_with_hooks(pipeline):
     assert len(embedded) == 12  # once for each step of the chain
 
 
+@pytest.mark.parametrize("freeze_weights", [False, True])
+def test_weights_are_frozen_while_the_denoiser_is_called(pipeline, freeze_weights, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
+    seen = []
+    pipeline.transformer.denoiser.register_forward_pre_hook(lambda *_: seen.append(torch._inductor.config.freezing))
+    sample(pipeline)
+    assert set(seen) == {freeze_weights} and not torch._inductor.config.freezing
+
+    compiled.clear()
+    for weight in pipeline.transformer.denoiser.parameters():
+        weight.data *= 2  # as a LoRA is fused, and averages are copied
+    for _ in range(2):
+        sample(pipeline)
+        assert compiled.count(pipeline.transformer.denoiser) == freeze_weights
+
+
 @pytest.mark.slow
 def test_a_frozen_denoiser_that_changes_is_frozen_anew(pipeline, caplog):
     pipeline.enable_fast_sampling(freeze_weights=True)

@@ -179,6 +179,7 @@ def test_guidance_extrapolates_from_null_to_conditional(tiny_pipeline):
     [
         [0, 3],
         (0, 3),
+        range(0, 4, 3),
         ["tench", "goldfish"],
         ["tench, Tinca tinca", 3],
         ["Tinca tinca", np.int64(3)],

@@ -35,6 +35,7 @@ from softvq_hf import (
     StochasticInterpolantScheduler,
     TemperatureDDPMScheduler,
 )
+from softvq_hf.conversion import convert_checkpoint
 from softvq_hf.training import convert as convert_module
 from softvq_hf.training.convert import convert_pretrained
 from softvq_hf.training.official_checkpoints import detect_system, load_official_checkpoint
@@ -162,6 +163,18 @@ def test_mar(official, tmp_path, named_args):
     assert "| system | mar |" in (tmp_path / "pipeline/README.md").read_text()
     with pytest.raises(ValueError, match="`path_type` is given, but the system of `source` is 'mar'"):
         convert_pretrained(source, tmp_path / "again", path_type="linear")
+
+
+def test_mar_with_the_name_of_a_model_in_its_arguments(official, tmp_path):
+    """`None` is no name; a name does not hide sizes that are not those of the model."""
+    weights, config = official("mar")
+    source = tmp_path / "checkpoint-last.pth"
+    torch.save({"model": weights, "args": argparse.Namespace(**config | {"model": None})}, source)
+    expected = convert_checkpoint("mar", weights, config)
+    assert same_weights(convert_pretrained(source, tmp_path / "out"), expected)
+    torch.save({"model": weights, "args": argparse.Namespace(**config | {"model": "mar_base"})}, source)
+    with pytest.raises(ValueError, match=r"`config\['model'\]` is 'mar_base', allowed with `encoder_embed_dim`"):
+        convert_pretrained(source, tmp_path / "again")
 
 
 @pytest.mark.parametrize(("system", "suffix"), [("sit", ""), ("sit", "_2d"), ("dit", ""), ("dit", "_2d")])

@@ -13,6 +13,7 @@ from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.pipelines.pipeline_mar import MARPipeline
 from softvq_hf.schedulers.scheduling_ddpm_temperature import TemperatureDDPMScheduler
+from softvq_hf.training import generator_loop
 from softvq_hf.training.arguments import parse_args
 from softvq_hf.training.generator_arguments import MARTrainingArguments
 from softvq_hf.training.mar import MARWithLoss, build_mar, parameter_groups
@@ -328,3 +329,31 @@ def test_new_weights_are_the_initial_ones(tmp_path, mar_config):
     transformer = build_mar(mar_arguments(tmp_path, model=mar_config), (8, 4), 8)
     assert isinstance(transformer, MARTransformer1DModel)
     assert not transformer.denoiser.proj_out.weight.any() and transformer.mask_token.any()
+
+
+def test_what_the_script_trains_and_samples(run_main, monkeypatch, mar_args, latents_dir, tmp_path):
+    """It hands its parts and flags to the loop that it shares with `train_sit.py`."""
+    given = {}
+    monkeypatch.setattr(generator_loop, "train_generator", lambda *arguments, **options: given.update(options))
+    options = {
+        "guidance_scale": 1.5,
+        "guidance_schedule": "constant",
+        "num_inference_steps": 5,
+        "num_diffusion_steps": 3,
+        "temperature": 0.9,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    run_main("train_mar", *mar_args, f"--latents_dir={latents_dir}", f"--output_dir={tmp_path / 'out'}", *flags)
+    assert given["sample_options"] == options
+
+    latents, vae = torch.randn(2, 8, 4), given["vae"]
+    (normalised,) = given["prepare_batch"]({"latents": latents}, None)
+    assert vae.config.scaling_factor != 1 and vae.config.shift_factor != 0
+    torch.testing.assert_close(normalised, (latents - vae.config.shift_factor) * vae.config.scaling_factor)
+
+    model = given["model"]
+    for group, expected in zip(given["parameters"], parameter_groups(model), strict=True):
+        assert group.get("weight_decay") == expected.get("weight_decay")
+        assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in expected["params"]]
+    pipeline = given["build_pipeline"](model.transformer)
+    assert isinstance(pipeline, MARPipeline) and pipeline.vae is vae and pipeline.transformer is model.transformer

@@ -298,8 +298,10 @@ def _config_from_args(path: Path, state_dict: Mapping[str, torch.Tensor], args: 
     if is_tokenizer(state_dict):
         required, optional = softvq.REQUIRED_CONFIG_KEYS | softvq.VIT_CONFIG_KEYS, softvq.OPTIONAL_CONFIG_KEYS
     elif MAR_KEY in state_dict:
-        sizes = {"model": str} if "model" in args else mar.SIZE_CONFIG_KEYS
-        required, optional = mar.REQUIRED_CONFIG_KEYS | sizes, mar.OPTIONAL_CONFIG_KEYS
+        required, optional = mar.REQUIRED_CONFIG_KEYS, mar.SIZE_CONFIG_KEYS | mar.OPTIONAL_CONFIG_KEYS
+        args = {key: value for key, value in args.items() if key != "model" or value is not None}
+        if "model" not in args:
+            required = required | mar.SIZE_CONFIG_KEYS
     else:
         required, optional = sit.REQUIRED_CONFIG_KEYS, sit.OPTIONAL_CONFIG_KEYS
     missing = [key for key in required if key not in args]
@@ -309,7 +311,7 @@ def _config_from_args(path: Path, state_dict: Mapping[str, torch.Tensor], args: 
             f" {', '.join(missing)}. Give the official flat config as `config`, a JSON file; that of a published model"
             " of the same size is a start."
         )
-    return {key: args[key] for key in (*required, *optional) if key in args}
+    return {key: args[key] for key in required | optional if key in args}
 
 
 def is_tokenizer(state_dict: Mapping[str, torch.Tensor]) -> bool:
