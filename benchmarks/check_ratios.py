@@ -6,7 +6,9 @@
 Ratios are stored, not seconds or shares of a peak, by kind of device and dtype, since machines differ less in them.
 The exit status is 1 if one has fallen by more than `--tolerance`, so that even its largest value over the rounds is
 below the stored median times 1 - tolerance; if one that stood above 1 by 20 % or more does not reach 1 in any round,
-for then what was made fast is so no longer; if nothing is stored to compare with; or if a script fails.
+for then what was made fast is so no longer (nearer to 1 the noise of two rounds is larger than the gain); if nothing
+is stored to compare with; or if a script fails. Stored is the lowest of the medians of several runs, where these
+differ.
 """
 
 import json

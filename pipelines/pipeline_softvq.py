@@ -282,11 +282,12 @@ class SoftVQPipeline(DiffusionPipeline):
                 Whether the transformer is compiled as a whole with its weights of now, in the order in which the
                 processor multiplies them: for CPUs. It takes the memory of the weights once more, and a minute of
                 compilation for XL, again at the second batch size. Where weights have changed (`load_state_dict`, a
-                LoRA that is fused, a step of an optimizer, averages that are copied), the next call of any pipeline
-                with this transformer freezes them anew, and says so; that drops all other compiled programs of the
-                process, which are compiled anew when they are called. Single entries that change through `.data` are
-                not seen: call this again then. torch keeps `torch._dynamo.config.recompile_limit` programs, 8, for all
-                transformers of a process, and calls further ones as they are, with a warning.
+                LoRA that is fused, a step of an optimizer, averages that are copied), the next call of any pipeline of
+                this class with the transformer freezes them anew, and says so; that drops all other compiled programs
+                of the process, which are compiled anew when they are called. A change of few entries through `.data`,
+                or within quantized weights, may go unseen: call this again then. torch keeps
+                `torch._dynamo.config.recompile_limit` programs, 8, for all transformers of a process, and calls
+                further ones as they are, with a warning.
 
         Raises:
             ValueError: If `mode` is not allowed, or one with CUDA graphs and `freeze_weights` is true.
@@ -300,34 +301,46 @@ class SoftVQPipeline(DiffusionPipeline):
                 f"`mode` is {mode!r}, allowed with `freeze_weights`, which is for CPUs: "
                 f"{', '.join(map(repr, without))}."
             )
-        if freeze_weights or self.transformer in self._frozen:
-            torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
         for module in (*self.transformer.modules(), *self.vae.modules()):
             module._compiled_call_impl = None  # of an earlier call
-        if freeze_weights or has_graphs:
+        if self._frozen.pop(self.transformer, None) is not None:
+            torch.compiler.reset()  # its programs, with the weights of then, would be found again
+        if freeze_weights:
+            self.freeze_transformer(mode)
+        elif has_graphs:
             self.transformer.compile(mode=mode)
         else:
             self.transformer.compile_repeated_blocks(mode=mode)
         if getattr(self.vae, "_repeated_blocks", None):
             self.vae.compile_repeated_blocks(mode=COMPILE_MODES[mode])
         self.vae.to(memory_format=torch.channels_last)
-        self._frozen.pop(self.transformer, None)
-        if freeze_weights:
-            self._frozen[self.transformer] = mode, self.get_weight_versions()
+
+    def freeze_transformer(self, mode: str | None) -> None:
+        """Compile the transformer as a whole with its weights of now."""
+        torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
+        for module in self.transformer.modules():
+            module._compiled_call_impl = None
+        self.transformer.compile(mode=mode)
+        self._frozen[self.transformer] = mode, self.get_weight_versions()
 
     def get_weight_versions(self) -> list[tuple[int, int, bytes]]:
         """
         What changes when a weight of the transformer is replaced or changed: its place, the number of changes in place
-        and, since changes through `.data` are not counted, as peft's and those of `EMAModel`, some 60 of its entries.
+        and, since changes through `.data` are not counted, as peft's and those of `EMAModel`, 256 bytes of it.
         """
+        golden_ratio = (5**0.5 - 1) / 2
+        places = (
+            torch.arange(256, dtype=torch.float64) * golden_ratio % 1
+        )  # in [0, 1), in no step with rows or columns
         versions = []
         for weight in self.transformer.parameters():
             version = 0 if weight.is_inference() else weight._version  # such tensors count nothing
-            entries = b""
-            if not (weight.is_meta or is_traceable_wrapper_subclass(weight)):  # torchao's are replaced as a whole
-                every_nth = weight.detach().flatten()[:: weight.numel() // 64 + 1]
-                entries = every_nth.float().cpu().numpy().tobytes()
-            versions.append((id(weight), version, entries))
+            sample = b""
+            if not (weight.is_meta or is_traceable_wrapper_subclass(weight)):  # neither has bytes of its own
+                memory = weight.detach().flatten().view(torch.uint8)
+                indices = (places[: len(memory)] * len(memory)).long().to(memory.device)
+                sample = memory[indices].cpu().numpy().tobytes()
+            versions.append((id(weight), version, sample))
         return versions
 
     def compile_options(self) -> AbstractContextManager:
@@ -857,7 +870,7 @@ class SoftVQPipeline(DiffusionPipeline):
             mode, versions = self._frozen[self.transformer]
             if versions != self.get_weight_versions():
                 logger.warning("The transformer's weights have changed since they were frozen: they are frozen anew.")
-                self.enable_fast_sampling(mode, freeze_weights=True)
+                self.freeze_transformer(mode)
         device = self._execution_device
 
         # 2. Labels, grid and noise. The scheduler counts on the CPU: nothing in the loop waits for the device.

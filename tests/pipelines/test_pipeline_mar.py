@@ -16,7 +16,7 @@ from softvq_hf.pipelines.pipeline_softvq import SoftVQPipeline
 from softvq_hf.training.generator import build_token_scheduler
 
 
-OWN_METHODS = ("__init__", "__call__", "check_inputs", "enable_fast_sampling", "num_timesteps")
+OWN_METHODS = ("__init__", "__call__", "check_inputs", "enable_fast_sampling", "freeze_transformer", "num_timesteps")
 
 
 @pytest.fixture
