@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, TorchAoConfig, UniPCMultistepScheduler
-from side_by_side import Contestant, Spread, Timings, markdown_table, time_in_turn, write_report
+from side_by_side import Contestant, Spread, Timings, default_device, markdown_table, time_in_turn, write_report
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
@@ -88,7 +88,7 @@ class QuantizationArguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}, allowed: integers from 1 on.")
         if self.device is None:
-            self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            self.device = default_device()
 
 
 def save_random_pipeline(folder: str, num_layers: int) -> None:

@@ -44,7 +44,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from matplotlib.figure import Figure
-from side_by_side import Spread, markdown_table, write_report
+from side_by_side import Spread, default_device, markdown_table, write_report
 from tqdm.auto import tqdm
 
 from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
@@ -124,7 +124,7 @@ class SolversArguments:
                 f"`--guidance_interval` is {interval}, allowed: two numbers, low and high, with 0 <= low <= high <= 1."
             )
         if self.device is None:
-            self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            self.device = default_device()
 
 
 @dataclass

@@ -303,7 +303,7 @@ class SoftVQPipeline(DiffusionPipeline):
             )
         for module in (*self.transformer.modules(), *self.vae.modules()):
             module._compiled_call_impl = None  # of an earlier call
-        if self._frozen.pop(self.transformer, None) is not None:
+        if self._frozen.pop(self.transformer, None) is not None and not freeze_weights:
             torch.compiler.reset()  # its programs, with the weights of then, would be found again
         if freeze_weights:
             self.freeze_transformer(mode)
@@ -316,10 +316,13 @@ class SoftVQPipeline(DiffusionPipeline):
         self.vae.to(memory_format=torch.channels_last)
 
     def freeze_transformer(self, mode: str | None) -> None:
-        """Compile the transformer as a whole with its weights of now."""
+        """
+        Compile the transformer as a whole with its weights of now.
+
+        Args:
+            mode (`str`, *optional*): As in [`~SoftVQPipeline.enable_fast_sampling`].
+        """
         torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
-        for module in self.transformer.modules():
-            module._compiled_call_impl = None
         self.transformer.compile(mode=mode)
         self._frozen[self.transformer] = mode, self.get_weight_versions()
 
@@ -327,11 +330,13 @@ class SoftVQPipeline(DiffusionPipeline):
         """
         What changes when a weight of the transformer is replaced or changed: its place, the number of changes in place
         and, since changes through `.data` are not counted, as peft's and those of `EMAModel`, 256 bytes of it.
+
+        Returns:
+            `list` of `tuple`: the three for every parameter, in their order; no bytes of one on the meta device, or of
+            a subclass of tensors (torchao).
         """
-        golden_ratio = (5**0.5 - 1) / 2
-        places = (
-            torch.arange(256, dtype=torch.float64) * golden_ratio % 1
-        )  # in [0, 1), in no step with rows or columns
+        golden_ratio = (5**0.5 - 1) / 2  # whose multiples keep no step with rows or columns
+        places = torch.arange(256, dtype=torch.float64) * golden_ratio % 1
         versions = []
         for weight in self.transformer.parameters():
             version = 0 if weight.is_inference() else weight._version  # such tensors count nothing

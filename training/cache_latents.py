@@ -240,9 +240,12 @@ def main(args: CacheLatentsArguments) -> None:
             )
         tokenizer.save_pretrained(Path(args.output_dir, TOKENIZER_FOLDER))
         measured = {**asdict(statistics), "std": statistics.std}
+        used = {name: tokenizer.config[name] for name in ("shift_factor", "scaling_factor")}
         if not missing:  # everything was there: keep the time it took
             seconds = read_metadata(args.output_dir).get("seconds", seconds)
-        write_metadata(args.output_dir, {**plan, "statistics": measured, "unreadable": unreadable, "seconds": seconds})
+        write_metadata(
+            args.output_dir, {**plan, "statistics": measured | used, "unreadable": unreadable, "seconds": seconds}
+        )
         logger.info(
             f"{len(dataset) - len(unreadable)} images and their mirror images are in {args.output_dir},"
             f" {len(unreadable)} could not be read"

@@ -168,6 +168,21 @@ def test_latents_of_two_tokenizers_are_not_mixed(run_script, tokenizer_config, t
         load_cached_latents(folder)
 
 
+@pytest.mark.parametrize("name", ["shift_factor", "scaling_factor"])
+def test_statistics_of_other_latents_are_refused(run_script, name):
+    folder = run_script()
+    tokenizer = AutoencoderSoftVQ.from_pretrained(folder / "vae")
+    tokenizer.register_to_config(**{name: tokenizer.config[name] + 1})
+    tokenizer.save_pretrained(folder / "vae")
+    with pytest.raises(ValueError, match=f"were cached with the `{name}` .*: the statistics of other latents"):
+        load_cached_latents(folder)
+
+    metadata = json.loads((folder / "latents.json").read_text())
+    del metadata["statistics"][name]  # as in folders of earlier versions
+    (folder / "latents.json").write_text(json.dumps(metadata))
+    assert getattr(load_cached_latents(folder), name) == tokenizer.config[name]
+
+
 @pytest.mark.parametrize(
     "change, named",
     [

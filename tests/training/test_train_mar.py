@@ -88,7 +88,7 @@ def test_cached_latents_and_exact_resume(
     assert "DiT" not in card and "SiT" not in card
 
 
-def test_fine_tuning_and_clipped_samples(run_main, mar_args, latents_dir, tmp_path, read_metrics):
+def test_fine_tuning_and_clipped_samples(run_main, run_cache_latents, mar_args, latents_dir, tmp_path, read_metrics):
     flags = [*mar_args, f"--latents_dir={latents_dir}", "--max_train_steps=2", "--clip_sample_range=6"]
     run_main("train_mar", *flags, f"--output_dir={tmp_path / 'first'}")
     config = MARPipeline.from_pretrained(tmp_path / "first").scheduler.config
@@ -131,9 +131,9 @@ def test_fine_tuning_and_clipped_samples(run_main, mar_args, latents_dir, tmp_pa
         )
 
     # a run that is to go on with such latents
+    vae.save_pretrained(tmp_path / "other_tokenizer")
     others = tmp_path / "other_latents"
-    shutil.copytree(latents_dir, others)
-    vae.save_pretrained(others / "vae")
+    run_cache_latents(tmp_path / "other_tokenizer", others)
     flags = [flag for flag in [*mar_args, *flags] if not flag.startswith("--latents_dir")]
     with pytest.raises(ValueError, match="'scaling_factor': 2.0, .*, this run has those of .*'scaling_factor': 1.5"):
         run_main(

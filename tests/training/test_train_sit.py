@@ -156,14 +156,14 @@ def test_live_latents_sde_and_fine_tuning(run_main, sit_args, tokenizer_dir, tmp
     assert [line["step"] for line in read_metrics(tmp_path / "second")] == [1, 2]
 
 
-def test_latents_of_another_tokenizer(run_main, sit_args, latents_dir, tmp_path):
+def test_latents_of_another_tokenizer(run_main, run_cache_latents, sit_args, latents_dir, tmp_path):
     flags = [*sit_args, "--max_train_steps=2", "--validation_steps=0"]
     run_main("train_sit", *flags, f"--latents_dir={latents_dir}", f"--output_dir={tmp_path / 'first'}")
-    others = tmp_path / "other_latents"
-    shutil.copytree(latents_dir, others)
-    vae = AutoencoderSoftVQ.from_pretrained(others / "vae")
+    vae = AutoencoderSoftVQ.from_pretrained(latents_dir / "vae")
     vae.register_to_config(shift_factor=0.3)
-    vae.save_pretrained(others / "vae")
+    vae.save_pretrained(tmp_path / "other_tokenizer")
+    others = tmp_path / "other_latents"
+    run_cache_latents(tmp_path / "other_tokenizer", others)
     flags.append(f"--latents_dir={others}")
     with pytest.raises(ValueError, match="was trained on latents of the tokenizer .*, this run .*'shift_factor': 0.3"):
         resume = ["--resume_from_checkpoint=latest", "--max_train_steps=4"]

@@ -211,7 +211,7 @@ def load_cached_latents(latents_dir: str | Path, *, seed: int = 0, train: bool =
 
     Raises:
         ValueError: If `latents_dir` holds no cached latents, caching was not finished (the missing shards are listed),
-            or the tokenizer in `vae/` is not the one that made them.
+            or the tokenizer in `vae/` is not the one that made them, or has other statistics.
     """
     if seed < 0:
         raise ValueError(f"`seed` is {seed}, allowed: integers from 0 on.")
@@ -234,6 +234,13 @@ def load_cached_latents(latents_dir: str | Path, *, seed: int = 0, train: bool =
             f" {metadata['tokenizer']['name_or_path']!r} ({metadata['tokenizer']['fingerprint'][:12]}), but"
             f" {tokenizer_dir} is another one ({fingerprint[:12]}): its decoder would not fit."
         )
+    for name in ("shift_factor", "scaling_factor"):
+        value, cached = tokenizer.config[name], metadata["statistics"].get(name)  # earlier folders do not tell
+        if cached is not None and value != cached:
+            raise ValueError(
+                f"`latents_dir` is {str(latents_dir)!r}, whose latents were cached with the `{name}` {cached}, but"
+                f" {tokenizer_dir} has {value}: the statistics of other latents."
+            )
     dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     return LatentDataset(
         dataset,
