@@ -252,9 +252,15 @@ class MARPipeline(DiffusionPipeline):
         )
 
     # Copied from softvq_hf.pipelines.pipeline_softvq.SoftVQPipeline with SoftVQPipeline->MARPipeline
+    @property
+    def plain_transformer(self) -> torch.nn.Module:
+        """The transformer, or what `torch.compile` has wrapped it around."""
+        return getattr(self.transformer, "_orig_mod", self.transformer)
+
+    # Copied from softvq_hf.pipelines.pipeline_softvq.SoftVQPipeline with SoftVQPipeline->MARPipeline
     def compile_options(self) -> AbstractContextManager:
         """What holds while the transformer is called, and therefore while it is compiled."""
-        if self.transformer not in self._frozen:
+        if self.plain_transformer not in self._frozen:
             return nullcontext()
         import torch._inductor.config  # takes time, and is not there where torch has no compiler
 
@@ -382,14 +388,14 @@ class MARPipeline(DiffusionPipeline):
         """
         if mode not in COMPILE_MODES:
             raise ValueError(f"`mode` is {mode!r}, allowed: {', '.join(map(repr, COMPILE_MODES))}.")
-        for module in (*self.transformer.modules(), *self.vae.modules()):
+        for module in (*self.plain_transformer.modules(), *self.vae.modules()):
             module._compiled_call_impl = None  # of an earlier call
-        if self._frozen.pop(self.transformer, None) is not None and not freeze_weights:
+        if self._frozen.pop(self.plain_transformer, None) is not None and not freeze_weights:
             torch.compiler.reset()  # its programs, with the weights of then, would be found again
         if freeze_weights:
             self.freeze_transformer(mode)
         else:
-            self.transformer.compile_repeated_blocks(mode=mode)
+            self.plain_transformer.compile_repeated_blocks(mode=mode)
         if getattr(self.vae, "_repeated_blocks", None):
             self.vae.compile_repeated_blocks(mode=mode)
         self.vae.to(memory_format=torch.channels_last)
@@ -405,7 +411,7 @@ class MARPipeline(DiffusionPipeline):
         for block in (*self.transformer.encoder_blocks, *self.transformer.decoder_blocks):
             block.compile(mode=mode)
         self.transformer.denoiser.compile(mode=mode)
-        self._frozen[self.transformer] = mode, self.get_weight_versions()
+        self._frozen[self.plain_transformer] = mode, self.get_weight_versions()
 
     # Copied from softvq_hf.pipelines.pipeline_softvq.SoftVQPipeline with SoftVQPipeline->MARPipeline
     def get_weight_versions(self) -> list[tuple[int, int, bytes]]:
@@ -737,8 +743,8 @@ class MARPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        if self.transformer in self._frozen:
-            mode, versions = self._frozen[self.transformer]
+        if self.plain_transformer in self._frozen:
+            mode, versions = self._frozen[self.plain_transformer]
             if versions != self.get_weight_versions():
                 logger.warning("The transformer's weights have changed since they were frozen: they are frozen anew.")
                 self.freeze_transformer(mode)

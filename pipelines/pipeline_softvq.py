@@ -301,16 +301,16 @@ class SoftVQPipeline(DiffusionPipeline):
                 f"`mode` is {mode!r}, allowed with `freeze_weights`, which is for CPUs: "
                 f"{', '.join(map(repr, without))}."
             )
-        for module in (*self.transformer.modules(), *self.vae.modules()):
+        for module in (*self.plain_transformer.modules(), *self.vae.modules()):
             module._compiled_call_impl = None  # of an earlier call
-        if self._frozen.pop(self.transformer, None) is not None and not freeze_weights:
+        if self._frozen.pop(self.plain_transformer, None) is not None and not freeze_weights:
             torch.compiler.reset()  # its programs, with the weights of then, would be found again
         if freeze_weights:
             self.freeze_transformer(mode)
         elif has_graphs:
-            self.transformer.compile(mode=mode)
+            self.plain_transformer.compile(mode=mode)
         else:
-            self.transformer.compile_repeated_blocks(mode=mode)
+            self.plain_transformer.compile_repeated_blocks(mode=mode)
         if getattr(self.vae, "_repeated_blocks", None):
             self.vae.compile_repeated_blocks(mode=COMPILE_MODES[mode])
         self.vae.to(memory_format=torch.channels_last)
@@ -323,8 +323,8 @@ class SoftVQPipeline(DiffusionPipeline):
             mode (`str`, *optional*): As in [`~SoftVQPipeline.enable_fast_sampling`].
         """
         torch.compiler.reset()  # programs of an earlier call, with the weights of then, would be found again
-        self.transformer.compile(mode=mode)
-        self._frozen[self.transformer] = mode, self.get_weight_versions()
+        self.plain_transformer.compile(mode=mode)
+        self._frozen[self.plain_transformer] = mode, self.get_weight_versions()
 
     def get_weight_versions(self) -> list[tuple[int, int, bytes]]:
         """
@@ -348,9 +348,14 @@ class SoftVQPipeline(DiffusionPipeline):
             versions.append((id(weight), version, sample))
         return versions
 
+    @property
+    def plain_transformer(self) -> torch.nn.Module:
+        """The transformer, or what `torch.compile` has wrapped it around."""
+        return getattr(self.transformer, "_orig_mod", self.transformer)
+
     def compile_options(self) -> AbstractContextManager:
         """What holds while the transformer is called, and therefore while it is compiled."""
-        if self.transformer not in self._frozen:
+        if self.plain_transformer not in self._frozen:
             return nullcontext()
         import torch._inductor.config  # takes time, and is not there where torch has no compiler
 
@@ -653,8 +658,7 @@ class SoftVQPipeline(DiffusionPipeline):
         hooks on blocks or layers move or cast their weights (offloading within the model), which act when a block is
         called.
         """
-        transformer = getattr(self.transformer, "_orig_mod", self.transformer)  # below what `torch.compile` returns
-        if "modulation" not in inspect.signature(transformer.forward).parameters:
+        if "modulation" not in inspect.signature(self.plain_transformer.forward).parameters:
             return False
         return not any(
             hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
@@ -871,8 +875,8 @@ class SoftVQPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        if self.transformer in self._frozen:
-            mode, versions = self._frozen[self.transformer]
+        if self.plain_transformer in self._frozen:
+            mode, versions = self._frozen[self.plain_transformer]
             if versions != self.get_weight_versions():
                 logger.warning("The transformer's weights have changed since they were frozen: they are frozen anew.")
                 self.freeze_transformer(mode)

@@ -427,4 +427,4 @@ def test_copied_methods_are_the_same():
         is_marked = mark + text in source
         assert is_marked == (name not in OWN_METHODS), name
         copied += is_marked
-    assert copied == source.count(mark) == 11
+    assert copied == source.count(mark) == 12

@@ -307,6 +307,24 @@ def test_modulation_is_computed_apart_for_a_transformer_that_torch_compile_has_w
 
 
 @pytest.mark.slow
+def test_a_frozen_transformer_that_torch_compile_wraps_later(tiny_pipeline, caplog):
+    """The wrapper finds the frozen programs."""
+    pipeline, expected_pipeline = tiny_pipeline(), tiny_pipeline()
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    latents = torch.randn(2, 10, 6)
+    before = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    transformer, pipeline.transformer = pipeline.transformer, torch.compile(pipeline.transformer)
+    weights = {name: torch.randn_like(weight) * 0.2 for name, weight in transformer.state_dict().items()}
+    for each in (transformer, expected_pipeline.transformer):
+        each.load_state_dict(weights)
+    result = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    expected = expected_pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    assert "frozen anew" in caplog.text
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_each_batch_size_of_fast_sampling_has_one_program(tiny_pipeline):
     """The place of a step among the timesteps makes no other one."""
     torch.compiler.reset()
