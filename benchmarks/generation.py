@@ -95,6 +95,8 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 # compared in no more steps than these.
 MAR_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.2}
 COMPARED_MAR_STEPS = 8
+# Memory is measured in no more steps than these: further ones use it again.
+MEMORY_STEPS = 10
 
 
 @dataclass(kw_only=True)
@@ -583,15 +585,18 @@ def main(args: GenerationBenchmarkArguments) -> None:
     systems = build_systems(args)
     differences = check_equal(args, systems)
 
+    def sampling(name: str, batch_size: int, num_inference_steps: int) -> Callable[[], torch.Tensor]:
+        return partial(
+            systems[name].sample,
+            labels=[i % 1000 for i in range(batch_size)],
+            num_inference_steps=num_inference_steps,
+            generator=torch.Generator(device).manual_seed(0),
+        )
+
     contestants, decoders = {}, timed_decoders(systems)
     for name, system in systems.items():
         for batch_size in batch_sizes(args, system):
-            sample = partial(
-                system.sample,
-                labels=[i % 1000 for i in range(batch_size)],
-                num_inference_steps=args.measured_steps,
-                generator=torch.Generator(device).manual_seed(0),
-            )
+            sample = sampling(name, batch_size, args.measured_steps)
             contestants[f"{name}.sample@{batch_size}"] = Contestant(sample, batch_size)
             if decoders[name] == name:
                 decode = partial(system.decode, batch_size)
@@ -604,8 +609,9 @@ def main(args: GenerationBenchmarkArguments) -> None:
 
     def memory_bytes(name: str, batch_size: str) -> int:
         pipeline = systems[name].pipeline
-        calls = [contestants[f"{key}@{batch_size}"].call for key in (f"{name}.sample", f"{decoders[name]}.decode")]
-        working = max(working_memory(call, device) for call in calls)
+        sample = sampling(name, int(batch_size), min(args.measured_steps, MEMORY_STEPS))
+        decode = contestants[f"{decoders[name]}.decode@{batch_size}"].call
+        working = max(working_memory(call, device) for call in (sample, decode))
         return working + weights_bytes(pipeline.transformer, pipeline.vae)
 
     measurements = {"differences": differences, "seconds": timings.seconds}

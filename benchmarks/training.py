@@ -293,6 +293,9 @@ def main(args: TrainingBenchmarkArguments) -> None:
     recipes = {SOFTVQ_RECIPE.stem: softvq_recipe(args), SIT_RECIPE.stem: sit_recipe(args)}
     accelerator = build_accelerator(recipes[SOFTVQ_RECIPE.stem])
     device = accelerator.device
+    wanted = torch.device(args.device)
+    if device.type != wanted.type or wanted.index not in (None, device.index):
+        raise ValueError(f"`--device` is {args.device}, allowed: cpu, or where accelerate runs, here {device}.")
 
     # One recipe after the other: the weights, averages and moments of both may be too much for the device
     ratios: dict[str, Spread] = {}

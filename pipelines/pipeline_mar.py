@@ -254,7 +254,7 @@ class MARPipeline(DiffusionPipeline):
     # Copied from softvq_hf.pipelines.pipeline_softvq.SoftVQPipeline with SoftVQPipeline->MARPipeline
     @property
     def plain_transformer(self) -> torch.nn.Module:
-        """The transformer, or what `torch.compile` has wrapped it around."""
+        """The transformer without what `torch.compile` has wrapped around it."""
         return getattr(self.transformer, "_orig_mod", self.transformer)
 
     # Copied from softvq_hf.pipelines.pipeline_softvq.SoftVQPipeline with SoftVQPipeline->MARPipeline
@@ -381,7 +381,8 @@ class MARPipeline(DiffusionPipeline):
                 are copied), the next call of any pipeline of this class with the transformer freezes them anew, and
                 says so; that drops all other compiled programs of the process, which are compiled anew when they are
                 called. A change of few entries through `.data`, or within quantized weights, may go unseen: call this
-                again then.
+                again then. Nothing looks for changes where the denoiser is called by itself, or by a pipeline of
+                another class, such as one that `custom_pipeline` has loaded: the weights of then compute there.
 
         Raises:
             ValueError: If `mode` is not allowed.
@@ -423,7 +424,7 @@ class MARPipeline(DiffusionPipeline):
             `list` of `tuple`: the three for every parameter, in their order; no bytes of one on the meta device, or of
             a subclass of tensors (torchao).
         """
-        golden_ratio = (5**0.5 - 1) / 2  # whose multiples keep no step with rows or columns
+        golden_ratio = (5**0.5 - 1) / 2  # whose multiples lie in all columns of a matrix of any usual size
         places = torch.arange(256, dtype=torch.float64) * golden_ratio % 1
         versions = []
         for weight in self.transformer.parameters():
@@ -538,6 +539,11 @@ class MARPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, allowed: 'pil', 'np', 'pt', 'latent'.")
 
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise TypeError(
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs!r}, allowed: a list of "
+                "names."
+            )
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(

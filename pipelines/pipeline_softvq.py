@@ -8,6 +8,7 @@ chain of DiT (arXiv 2212.09748). Guidance can be limited to an interval of times
 import difflib
 import inspect
 import math
+import numbers
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -285,9 +286,10 @@ class SoftVQPipeline(DiffusionPipeline):
                 LoRA that is fused, a step of an optimizer, averages that are copied), the next call of any pipeline of
                 this class with the transformer freezes them anew, and says so; that drops all other compiled programs
                 of the process, which are compiled anew when they are called. A change of few entries through `.data`,
-                or within quantized weights, may go unseen: call this again then. torch keeps
-                `torch._dynamo.config.recompile_limit` programs, 8, for all transformers of a process, and calls
-                further ones as they are, with a warning.
+                or within quantized weights, may go unseen: call this again then. Nothing looks for changes where the
+                transformer is called by itself, or by a pipeline of another class, such as one that `custom_pipeline`
+                has loaded: the weights of then compute there. torch keeps `torch._dynamo.config.recompile_limit`
+                programs, 8, for all transformers of a process, and calls further ones as they are, with a warning.
 
         Raises:
             ValueError: If `mode` is not allowed, or one with CUDA graphs and `freeze_weights` is true.
@@ -335,7 +337,7 @@ class SoftVQPipeline(DiffusionPipeline):
             `list` of `tuple`: the three for every parameter, in their order; no bytes of one on the meta device, or of
             a subclass of tensors (torchao).
         """
-        golden_ratio = (5**0.5 - 1) / 2  # whose multiples keep no step with rows or columns
+        golden_ratio = (5**0.5 - 1) / 2  # whose multiples lie in all columns of a matrix of any usual size
         places = torch.arange(256, dtype=torch.float64) * golden_ratio % 1
         versions = []
         for weight in self.transformer.parameters():
@@ -350,7 +352,7 @@ class SoftVQPipeline(DiffusionPipeline):
 
     @property
     def plain_transformer(self) -> torch.nn.Module:
-        """The transformer, or what `torch.compile` has wrapped it around."""
+        """The transformer without what `torch.compile` has wrapped around it."""
         return getattr(self.transformer, "_orig_mod", self.transformer)
 
     def compile_options(self) -> AbstractContextManager:
@@ -480,6 +482,8 @@ class SoftVQPipeline(DiffusionPipeline):
         if batch_size == 0:
             raise ValueError("`class_labels` is empty, allowed: at least one label.")
 
+        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
+            raise TypeError(f"`guidance_scale` is {guidance_scale!r}, allowed: numbers.")
         if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, allowed: finite numbers from 0 on (guidance is off up to 1)."
@@ -491,6 +495,8 @@ class SoftVQPipeline(DiffusionPipeline):
             )
         if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
             raise ValueError(f"`guidance_interval` is {guidance_interval!r}, allowed: two numbers (low, high).")
+        if not all(isinstance(limit, numbers.Real) for limit in guidance_interval):
+            raise TypeError(f"`guidance_interval` is {guidance_interval!r}, allowed: two numbers (low, high).")
         if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval}, allowed: (low, high) with 0 <= low <= high <= 1, where "
@@ -527,6 +533,11 @@ class SoftVQPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, allowed: 'pil', 'np', 'pt', 'latent'.")
 
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise TypeError(
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs!r}, allowed: a list of "
+                "names."
+            )
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -845,7 +856,7 @@ class SoftVQPipeline(DiffusionPipeline):
             ValueError: If a value is not allowed: a label or name, `guidance_scale` (also: above 1 for a transformer
                 without a null class), `guidance_interval`, `num_inference_steps`, the length of a list of generators,
                 the shape or values of `latents`, `output_type` or a callback input. Raised before any computation.
-            TypeError: If labels, `num_inference_steps`, generators or latents are of a wrong type.
+            TypeError: If labels, numbers, generators, latents or names of callback inputs are of a wrong type.
 
         Examples:
 

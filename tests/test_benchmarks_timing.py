@@ -386,19 +386,19 @@ def test_ratios_that_fall_are_reported(load):
     }
     measured["d"] = {"median": 0.9, "min": 0.8, "max": 0.99}  # within the tolerance, but fast no longer
     measured["e"] = measured["d"]  # hardly faster before
-    stored = {"a": 2.2, "b": 2.0, "d": 1.2, "e": 1.1, "gone": 1.0}
+    stored = {"a": 2.2, "b": 2.0, "d": 1.1, "e": 1.09, "gone": 1.0}
     rows, faults = load("check_ratios").compare(measured, stored, tolerance=0.25)
     assert rows == [
         ["a", "2", "2.2"],
         ["b", "1", "2"],
         ["c", "3", "nothing"],
-        ["d", "0.9", "1.2"],
-        ["e", "0.9", "1.1"],
+        ["d", "0.9", "1.1"],
+        ["e", "0.9", "1.09"],
     ]
     assert faults == [
         "b has fallen from 2 to 1, at most 1.4.",
-        "c is not stored. `--update` stores what is measured.",
-        "d has fallen from 1.2 to 0.9, at most 0.99.",
+        "c is not stored. `--update measured` stores it.",
+        "d has fallen from 1.1 to 0.9, at most 0.99.",
         "gone was not measured.",
     ]
 
@@ -413,7 +413,7 @@ def test_ratios_are_stored_and_compared(load, tmp_path, monkeypatch, capsys):
     (tmp_path / "data.py").write_text(script)
     arguments = {"output_dir": str(tmp_path), "scripts": ["data"]}
 
-    assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments, update=True)) == 0
+    assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments, update="measured")) == 0
     stored = json.loads((tmp_path / "ratios.json").read_text())
     assert [by_script["data"] for by_script in stored.values()] == [{"fast": 4.0}]
     assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments)) == 0
@@ -423,8 +423,14 @@ def test_ratios_are_stored_and_compared(load, tmp_path, monkeypatch, capsys):
     assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments)) == 1
     assert "data: fast has fallen from 6 to 4" in capsys.readouterr().err
 
+    for before in (6.0, 3.0):
+        (tmp_path / "ratios.json").write_text(json.dumps({dtype: {"data": {"fast": before}} for dtype in stored}))
+        assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments, update="lowest")) == 0
+        lowest = json.loads((tmp_path / "ratios.json").read_text())
+        assert lowest == {dtype: {"data": {"fast": min(before, 4.0)}} for dtype in stored}
+
     (tmp_path / "tokenizer.py").write_text("import sys; sys.exit(3)")
     arguments["scripts"] = ["tokenizer", "data"]
-    assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments, update=True)) == 1
+    assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments, update="measured")) == 1
     assert "tokenizer ended with exit status 3." in capsys.readouterr().err
     assert json.loads((tmp_path / "ratios.json").read_text()) == {dtype: {"data": {"fast": 4.0}} for dtype in stored}

@@ -140,3 +140,9 @@ def test_an_update_that_would_be_left_out_is_an_error():
 def test_bad_arguments_are_an_error(name, tmp_path):
     with pytest.raises(ValueError, match=f"`--{name}` is 0, allowed: integers from 1 on"):
         arguments(tmp_path, **{name: 0})
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:1"])
+def test_a_device_where_nothing_would_run_is_an_error(tiny_recipes, tmp_path, device):
+    with pytest.raises(ValueError, match=f"`--device` is {device}, allowed: cpu, or where accelerate runs, here cpu"):
+        training_benchmark.main(arguments(tmp_path, device=device))

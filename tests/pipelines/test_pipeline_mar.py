@@ -299,6 +299,7 @@ def test_progress_bar(pipeline, capsys):
         ({"token_noise": torch.full((4, 3, 10, 6), torch.nan)}, ValueError, "`token_noise` holds NaN"),
         ({"output_type": "jpg"}, ValueError, "`output_type` is 'jpg', allowed"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "`callback_on_step_end_tensor_inputs` holds"),
+        ({"callback_on_step_end_tensor_inputs": None}, TypeError, "`callback_on_step_end_tensor_inputs` is None"),
         ({"class_labels": []}, ValueError, "`class_labels` is empty"),
         ({"class_labels": [4]}, ValueError, "`class_labels` holds the id 4, allowed: 0 to 3"),
         ({"class_labels": ["carp"]}, ValueError, "`class_labels` holds the unknown name 'carp'"),
@@ -370,6 +371,57 @@ def test_weights_are_frozen_while_the_denoiser_is_called(pipeline, freeze_weight
     for _ in range(2):
         sample(pipeline)
         assert compiled.count(pipeline.transformer.denoiser) == freeze_weights
+
+
+def change_an_entry(transformer) -> None:
+    with torch.no_grad():
+        transformer.denoiser.blocks[0].modulation.weight[0, 2] += 1.0
+
+
+def replace_a_weight(transformer) -> None:
+    layer = transformer.denoiser.proj_in
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+
+
+def count_frozen(monkeypatch) -> list[torch.nn.Module]:
+    """A list that fills with what is compiled; nothing is."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    return compiled
+
+
+@pytest.mark.parametrize("change", [change_an_entry, replace_a_weight])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_denoiser_is_frozen_anew_only_after_a_change(pipeline, monkeypatch, change, wrapped):
+    compiled = count_frozen(monkeypatch)
+    replace_a_weight(pipeline.transformer)  # all such tensors have as many changes in place
+    transformer, own_vae = pipeline.transformer, pipeline.vae.forward
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    pipeline.vae._compiled_call_impl = own_vae  # as of its owner
+    if wrapped:
+        pipeline.transformer = torch.compile(transformer, backend="eager")
+    frozen = [*transformer.encoder_blocks, *transformer.decoder_blocks, transformer.denoiser]
+    assert {id(module) for module in frozen} <= {id(module) for module in compiled}
+    compiled.clear()
+    sample(pipeline)
+    assert not compiled
+    sampled = [sample for _, _, sample in pipeline.get_weight_versions()]
+    change(transformer)
+    assert sampled == [sample for _, _, sample in pipeline.get_weight_versions()]  # not seen by its bytes
+    for _ in range(2):
+        sample(pipeline)
+        assert [id(module) for module in compiled] == [id(module) for module in frozen]
+    assert pipeline.vae._compiled_call_impl is own_vae
+
+
+def test_a_denoiser_that_is_compiled_anew_without_freezing_is_frozen_no_longer(pipeline, monkeypatch):
+    compiled = count_frozen(monkeypatch)
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    pipeline.enable_fast_sampling()
+    compiled.clear()
+    change_an_entry(pipeline.transformer)
+    sample(pipeline)
+    assert not compiled
 
 
 @pytest.mark.slow

@@ -224,6 +224,55 @@ def test_weights_are_frozen_anew_only_after_a_change(tiny_pipeline, inference_mo
     assert frozen == ["default"] * 2
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_one_entry_that_changes_or_a_weight_that_is_replaced_is_seen_once(tiny_pipeline, monkeypatch, wrapped):
+    pipeline = tiny_pipeline()
+    frozen = count_frozen(monkeypatch)
+    transformer = pipeline.transformer
+    layer = transformer.proj_out
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())  # such tensors have as many changes in place
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    if wrapped:
+        pipeline.transformer = torch.compile(transformer, backend="eager")
+    sampled = [sample for _, _, sample in pipeline.get_weight_versions()]
+    with torch.no_grad():
+        transformer.transformer_blocks[0].norm1.linear.weight[0, 1] += 1.0
+    assert sampled == [sample for _, _, sample in pipeline.get_weight_versions()]  # not by its bytes
+    for _ in range(2):
+        pipeline([0], num_inference_steps=2, output_type="latent")
+        assert len(frozen) == 2
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    pipeline([0], num_inference_steps=2, output_type="latent")
+    assert len(frozen) == 3
+
+
+def test_a_transformer_that_is_compiled_anew_without_freezing_is_frozen_no_longer(tiny_pipeline, monkeypatch):
+    pipeline = tiny_pipeline()
+    frozen = count_frozen(monkeypatch)
+    pipeline.enable_fast_sampling(freeze_weights=True)
+    pipeline.enable_fast_sampling()
+    pipeline.transformer.load_state_dict({name: w + 1 for name, w in pipeline.transformer.state_dict().items()})
+    pipeline([0], num_inference_steps=2, output_type="latent")
+    assert len(frozen) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze_weights", [False, True])
+def test_fast_sampling_of_a_wrapped_transformer(tiny_pipeline, freeze_weights):
+    pipeline, expected_pipeline = tiny_pipeline(), tiny_pipeline()
+    for parameter in pipeline.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    expected_pipeline.transformer.load_state_dict(pipeline.transformer.state_dict())
+    transformer, pipeline.transformer = pipeline.transformer, torch.compile(pipeline.transformer)
+    pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
+    compiled = [transformer] if freeze_weights else transformer.transformer_blocks
+    assert all(module._compiled_call_impl is not None for module in compiled)
+    latents = torch.randn(2, 10, 6)
+    result = pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    expected = expected_pipeline([0, 1], latents=latents, **ARGUMENTS).images
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
 def fuse_lora(transformer) -> None:
     transformer.fuse_lora()
     transformer.unload_lora()
