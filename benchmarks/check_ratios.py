@@ -7,9 +7,10 @@ Ratios are stored, not seconds or shares of a peak, by kind of device and dtype,
 The exit status is 1 if one has fallen by more than `--tolerance`, so that even its largest value over the rounds is
 below the stored median times 1 - tolerance; if one that stood above 1 by 10 % or more does not reach 1 in any round,
 for then what was made fast is so no longer (nearer to 1 the noise of two rounds is larger than the gain); if nothing
-is stored to compare with; or if a script fails. `--update lowest` after several runs stores the lowest of their
-medians, so that noise alone is no fault. Timing cannot tell small losses from noise: the tests count the samples that
-pass the network, the rows that are modulated and the programs that are compiled.
+is stored to compare with; or if a script fails. `--update lowest`, given in each of several runs, stores the lowest of
+their medians, so that noise alone is no fault; a run that stores finds nothing fallen. Timing cannot tell small losses
+from noise: the tests count the samples that pass the network, the rows that are modulated and the programs that are
+compiled.
 """
 
 import json
@@ -47,6 +48,8 @@ class CheckRatiosArguments:
     def __post_init__(self) -> None:
         if not self.scripts or not set(self.scripts) <= set(SCRIPTS):
             raise ValueError(f"`--scripts` is {self.scripts}, allowed: some of {list(SCRIPTS)}.")
+        if self.update not in (None, "measured", "lowest"):
+            raise ValueError(f"`--update` is {self.update!r}, allowed: 'measured', 'lowest'.")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"`--tolerance` is {self.tolerance}, allowed: numbers from 0 on, below 1.")
 
@@ -70,7 +73,7 @@ def compare(
         before = stored.get(name)
         rows.append([name, f"{ratio['median']:.3g}", "nothing" if before is None else f"{before:.3g}"])
         if before is None:
-            faults.append(f"{name} is not stored. `--update measured` stores it.")
+            faults.append(f"{name} is not stored. `--update lowest` stores it.")
         elif ratio["max"] < max(before * (1 - tolerance), 1.0 if before >= 1.1 else 0.0):
             faults.append(f"{name} has fallen from {before:.3g} to {ratio['median']:.3g}, at most {ratio['max']:.3g}.")
     faults += [f"{name} was not measured." for name in stored if name not in measured]
@@ -99,7 +102,7 @@ def main(args: CheckRatiosArguments) -> int:
             stored.setdefault(kind, {})[script] = medians
         before = stored.get(kind, {}).get(script)
         if before is None:
-            all_faults.append(f"{script}: no ratios are stored for {kind!r}. `--update measured` stores those of now.")
+            all_faults.append(f"{script}: no ratios are stored for {kind!r}. `--update lowest` stores those of now.")
             faults = []
         else:
             rows, faults = compare(report["ratios"], before, args.tolerance)

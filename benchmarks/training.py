@@ -294,7 +294,8 @@ def main(args: TrainingBenchmarkArguments) -> None:
     accelerator = build_accelerator(recipes[SOFTVQ_RECIPE.stem])
     device = accelerator.device
     wanted = torch.device(args.device)
-    if device.type != wanted.type or wanted.index not in (None, device.index):
+    index = 0 if device.type == "cpu" else torch.accelerator.current_device_index()
+    if device.type != wanted.type or wanted.index not in (None, index):
         raise ValueError(f"`--device` is {args.device}, allowed: cpu, or where accelerate runs, here {device}.")
 
     # One recipe after the other: the weights, averages and moments of both may be too much for the device

@@ -424,7 +424,7 @@ class MARPipeline(DiffusionPipeline):
             `list` of `tuple`: the three for every parameter, in their order; no bytes of one on the meta device, or of
             a subclass of tensors (torchao).
         """
-        golden_ratio = (5**0.5 - 1) / 2  # whose multiples lie in all columns of a matrix of any usual size
+        golden_ratio = (5**0.5 - 1) / 2  # whose multiples are spread over the columns of matrices of usual sizes
         places = torch.arange(256, dtype=torch.float64) * golden_ratio % 1
         versions = []
         for weight in self.transformer.parameters():
@@ -716,7 +716,7 @@ class MARPipeline(DiffusionPipeline):
             ValueError: If a value is not allowed: a label or name, a scale, schedule or number of steps, the
                 temperature, the length of a list of generators, orders or noise of a wrong shape or content,
                 `output_type` or a callback input. Raised before any computation.
-            TypeError: If labels, numbers, generators, orders or noise are of a wrong type.
+            TypeError: If labels, numbers, generators, orders, noise or names of callback inputs are of a wrong type.
 
         Examples:
 

@@ -337,7 +337,7 @@ class SoftVQPipeline(DiffusionPipeline):
             `list` of `tuple`: the three for every parameter, in their order; no bytes of one on the meta device, or of
             a subclass of tensors (torchao).
         """
-        golden_ratio = (5**0.5 - 1) / 2  # whose multiples lie in all columns of a matrix of any usual size
+        golden_ratio = (5**0.5 - 1) / 2  # whose multiples are spread over the columns of matrices of usual sizes
         places = torch.arange(256, dtype=torch.float64) * golden_ratio % 1
         versions = []
         for weight in self.transformer.parameters():
@@ -495,7 +495,7 @@ class SoftVQPipeline(DiffusionPipeline):
             )
         if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
             raise ValueError(f"`guidance_interval` is {guidance_interval!r}, allowed: two numbers (low, high).")
-        if not all(isinstance(limit, numbers.Real) for limit in guidance_interval):
+        if not all(isinstance(limit, numbers.Real) and not isinstance(limit, bool) for limit in guidance_interval):
             raise TypeError(f"`guidance_interval` is {guidance_interval!r}, allowed: two numbers (low, high).")
         if not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(

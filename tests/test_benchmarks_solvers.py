@@ -126,18 +126,20 @@ def test_bad_arguments_of_solvers(arguments, message):
 
 
 def test_solvers_refuse_what_euler_solves_exactly(tiny_pipeline, tmp_path):
-    """A new model predicts a velocity of 0."""
+    """A model that training starts from predicts a velocity of 0."""
     pipeline = tiny_pipeline()
     pipeline.transformer.initialize_weights()
     pipeline.save_pretrained(tmp_path / "new")
-    args = solvers.SolversArguments(output_dir=str(tmp_path / "out"), pipeline=str(tmp_path / "new"), short=True)
+    folders = {"output_dir": str(tmp_path / "out"), "pipeline": str(tmp_path / "new")}
+    args = solvers.SolversArguments(**folders, short=True, device="cpu")
     with pytest.raises(ValueError, match="whose ODE Euler's method solves exactly .*, allowed: pipelines whose"):
         solvers.main(args)
 
 
 def test_equal_images_have_the_largest_psnr(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(solvers, "decode", lambda pipeline, latents: torch.zeros(len(latents), 3, 4, 4))
-    solvers.main(solvers.SolversArguments(output_dir=str(tmp_path / "out"), pipeline=folder, short=True))
+    args = solvers.SolversArguments(output_dir=str(tmp_path / "out"), pipeline=folder, short=True, device="cpu")
+    solvers.main(args)
     record = json.loads((tmp_path / "out" / "solvers.json").read_text())
     runs = record["measurements"]["guided"]["solvers"]["heun"]
     assert [run["psnr"] for run in runs] == pytest.approx([200.0, 200.0])

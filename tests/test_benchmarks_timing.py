@@ -397,7 +397,7 @@ def test_ratios_that_fall_are_reported(load):
     ]
     assert faults == [
         "b has fallen from 2 to 1, at most 1.4.",
-        "c is not stored. `--update measured` stores it.",
+        "c is not stored. `--update lowest` stores it.",
         "d has fallen from 1.1 to 0.9, at most 0.99.",
         "gone was not measured.",
     ]
@@ -423,11 +423,14 @@ def test_ratios_are_stored_and_compared(load, tmp_path, monkeypatch, capsys):
     assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments)) == 1
     assert "data: fast has fallen from 6 to 4" in capsys.readouterr().err
 
-    for before in (6.0, 3.0):
-        (tmp_path / "ratios.json").write_text(json.dumps({dtype: {"data": {"fast": before}} for dtype in stored}))
+    for before in (6.0, 3.0, None):
+        earlier = {} if before is None else {"fast": before}
+        (tmp_path / "ratios.json").write_text(json.dumps({dtype: {"data": earlier} for dtype in stored}))
         assert check_ratios.main(check_ratios.CheckRatiosArguments(**arguments, update="lowest")) == 0
         lowest = json.loads((tmp_path / "ratios.json").read_text())
-        assert lowest == {dtype: {"data": {"fast": min(before, 4.0)}} for dtype in stored}
+        assert lowest == {dtype: {"data": {"fast": min(before or 4.0, 4.0)}} for dtype in stored}
+    with pytest.raises(ValueError, match="`--update` is True, allowed: 'measured', 'lowest'"):
+        check_ratios.CheckRatiosArguments(update=True)
 
     (tmp_path / "tokenizer.py").write_text("import sys; sys.exit(3)")
     arguments["scripts"] = ["tokenizer", "data"]

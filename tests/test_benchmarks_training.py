@@ -142,6 +142,11 @@ def test_bad_arguments_are_an_error(name, tmp_path):
         arguments(tmp_path, **{name: 0})
 
 
+def test_a_device_may_have_a_number(tiny_recipes, tmp_path):
+    training_benchmark.main(arguments(tmp_path, device="cpu:0", rounds=1))
+    assert (tmp_path / "out" / "training.json").is_file()
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu:1"])
 def test_a_device_where_nothing_would_run_is_an_error(tiny_recipes, tmp_path, device):
     with pytest.raises(ValueError, match=f"`--device` is {device}, allowed: cpu, or where accelerate runs, here cpu"):

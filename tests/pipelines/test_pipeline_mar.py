@@ -355,10 +355,16 @@ def test_conditioning_is_left_to_a_denoiser_with_hooks(pipeline):
     assert len(embedded) == 12  # once for each step of the chain
 
 
-@pytest.mark.parametrize("freeze_weights", [False, True])
-def test_weights_are_frozen_while_the_denoiser_is_called(pipeline, freeze_weights, monkeypatch):
+def record_compiled(monkeypatch) -> list[torch.nn.Module]:
+    """A list that fills with what is compiled; nothing is."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    return compiled
+
+
+@pytest.mark.parametrize("freeze_weights", [False, True])
+def test_weights_are_frozen_while_the_denoiser_is_called(pipeline, freeze_weights, monkeypatch):
+    compiled = record_compiled(monkeypatch)
     pipeline.enable_fast_sampling(freeze_weights=freeze_weights)
     seen = []
     pipeline.transformer.denoiser.register_forward_pre_hook(lambda *_: seen.append(torch._inductor.config.freezing))
@@ -383,17 +389,10 @@ def replace_a_weight(transformer) -> None:
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
 
 
-def count_frozen(monkeypatch) -> list[torch.nn.Module]:
-    """A list that fills with what is compiled; nothing is."""
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
-    return compiled
-
-
 @pytest.mark.parametrize("change", [change_an_entry, replace_a_weight])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_denoiser_is_frozen_anew_only_after_a_change(pipeline, monkeypatch, change, wrapped):
-    compiled = count_frozen(monkeypatch)
+    compiled = record_compiled(monkeypatch)
     replace_a_weight(pipeline.transformer)  # all such tensors have as many changes in place
     transformer, own_vae = pipeline.transformer, pipeline.vae.forward
     pipeline.enable_fast_sampling(freeze_weights=True)
@@ -405,9 +404,9 @@ def test_the_denoiser_is_frozen_anew_only_after_a_change(pipeline, monkeypatch, 
     compiled.clear()
     sample(pipeline)
     assert not compiled
-    sampled = [sample for _, _, sample in pipeline.get_weight_versions()]
+    taken = [entry_bytes for _, _, entry_bytes in pipeline.get_weight_versions()]
     change(transformer)
-    assert sampled == [sample for _, _, sample in pipeline.get_weight_versions()]  # not seen by its bytes
+    assert taken == [entry_bytes for _, _, entry_bytes in pipeline.get_weight_versions()]  # not seen by these
     for _ in range(2):
         sample(pipeline)
         assert [id(module) for module in compiled] == [id(module) for module in frozen]
@@ -415,7 +414,7 @@ def test_the_denoiser_is_frozen_anew_only_after_a_change(pipeline, monkeypatch, 
 
 
 def test_a_denoiser_that_is_compiled_anew_without_freezing_is_frozen_no_longer(pipeline, monkeypatch):
-    compiled = count_frozen(monkeypatch)
+    compiled = record_compiled(monkeypatch)
     pipeline.enable_fast_sampling(freeze_weights=True)
     pipeline.enable_fast_sampling()
     compiled.clear()

@@ -240,7 +240,7 @@ def load_cached_latents(latents_dir: str | Path, *, seed: int = 0, train: bool =
             raise ValueError(
                 f"`latents_dir` is {str(latents_dir)!r}, whose latents were cached with the `{name}` {cached}, but"
                 f" {tokenizer_dir} has {value}, allowed: the same. Run training/cache_latents.py again with the same"
-                " arguments: it measures them anew and keeps the latents."
+                " arguments: it keeps the latents, and writes their tokenizer anew."
             )
     dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     return LatentDataset(
