@@ -71,7 +71,7 @@ from softvq_hf.models.autoencoder_softvq import AutoencoderSoftVQ
 from softvq_hf.models.transformer_dit_1d import DiTTransformer1DModel
 from softvq_hf.models.transformer_mar_1d import MARTransformer1DModel
 from softvq_hf.pipelines.pipeline_mar import MARPipeline
-from softvq_hf.pipelines.pipeline_softvq import COMPILE_MODES, SoftVQPipeline
+from softvq_hf.pipelines.pipeline_softvq import COMPILE_MODES, MODULATION_ROWS, SoftVQPipeline
 from softvq_hf.schedulers.scheduling_stochastic_interpolant import StochasticInterpolantScheduler
 from softvq_hf.training.arguments import check_output_dir, parse_args
 from softvq_hf.training.generator import build_token_scheduler
@@ -95,8 +95,8 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 # compared in no more steps than these.
 MAR_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.2}
 COMPARED_MAR_STEPS = 8
-# Memory is measured in no more steps than these: of one image so many are modulated at once, of several fewer.
-MEMORY_STEPS = 32
+# Memory is measured in no more steps than these, which is how many of one image are modulated at once.
+MEMORY_STEPS = MODULATION_ROWS // 2
 
 
 @dataclass(kw_only=True)

@@ -255,6 +255,7 @@ class MARPipeline(DiffusionPipeline):
     @property
     def plain_transformer(self) -> torch.nn.Module:
         """The transformer without what `torch.compile` has wrapped around it."""
+        # `is_compiled_module` of diffusers would import the compiler
         return getattr(self.transformer, "_orig_mod", self.transformer)
 
     # Copied from softvq_hf.pipelines.pipeline_softvq.SoftVQPipeline with SoftVQPipeline->MARPipeline

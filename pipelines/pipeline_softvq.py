@@ -353,6 +353,7 @@ class SoftVQPipeline(DiffusionPipeline):
     @property
     def plain_transformer(self) -> torch.nn.Module:
         """The transformer without what `torch.compile` has wrapped around it."""
+        # `is_compiled_module` of diffusers would import the compiler
         return getattr(self.transformer, "_orig_mod", self.transformer)
 
     def compile_options(self) -> AbstractContextManager:
